@@ -1,0 +1,194 @@
+"""Native Sparse Attention over packed sequences: o = g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa.
+
+Native Sparse Attention (arXiv:2502.11089), equation 5; the branches are defined in compression.py, topk.py,
+selection.py and sliding_window.py. The torch backend walks each sequence one key/value head and one chunk of queries at
+a time, and adds the gated branches up before it goes on, so that no branch's output exists for the whole sequence.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import compression, reference, selection, sliding_window, topk, utils
+
+BACKENDS = utils.BACKENDS
+SequenceLengths = utils.SequenceLengths
+resolve_backend = utils.resolve_backend
+
+
+class _NSAFunction(torch.autograd.Function):
+    """The torch backend. Keeps, besides the inputs, the chosen blocks, three lse and o_slc; recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale):
+        group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        needs_grad = any(ctx.needs_input_grad)
+        if needs_grad:
+            o_slc_all = torch.empty_like(o)
+            lse_all = torch.empty(3, *q.shape[:2], dtype=acc, device=q.device)
+            indices_all = torch.empty(q.shape[0], num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
+        for span in lengths.spans():
+            for head in range(num_kv_heads):
+                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+                k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+                k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
+                for chunk, first in _chunks(span, block_size * block_counts, size):
+                    index = chunk, utils.head_slice(head, group_size)
+                    q_chunk = q[index].to(acc)
+                    o_cmp, lse_cmp, indices = _compress_and_choose(
+                        q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
+                    )
+                    if _selects_all(first, block_size, block_counts):
+                        o_slc, lse_slc = sliding_window.window_forward(
+                            q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
+                        )
+                    else:
+                        o_slc, lse_slc = selection.selection_forward(
+                            q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
+                        )
+                    o_swa, lse_swa = sliding_window.window_forward(
+                        q_chunk, k_head, v_head, first, window_size, softmax_scale
+                    )
+                    if needs_grad:
+                        o_slc_all[index], indices_all[chunk, head] = o_slc, indices
+                        for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
+                            lse_all[branch][index] = lse
+                    for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
+                        branch.mul_(gate[index][..., None])
+                    o[index] = o_cmp.add_(o_slc).add_(o_swa)
+        if needs_grad:
+            ctx.save_for_backward(q, k, v, g_cmp, g_slc, g_swa, indices_all, o_slc_all, lse_all)
+            ctx.args = lengths, block_size, block_counts, window_size, softmax_scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        q, k, v, g_cmp, g_slc, g_swa, indices, o_slc, (lse_cmp, lse_slc, lse_swa) = ctx.saved_tensors
+        lengths, block_size, block_counts, window_size, softmax_scale = ctx.args
+        group_size = q.shape[1] // k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+        dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
+        )
+        for span in lengths.spans():
+            for head in range(k.shape[1]):
+                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+                k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+                dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+                k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
+                dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+                # The branches add into the same memory; a window never reaches the padding of the last block.
+                dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
+                for chunk, first in _chunks(span, block_size * block_counts, size):
+                    index = chunk, utils.head_slice(head, group_size)
+                    q_chunk, do_chunk = q[index].to(acc), do[index].to(acc)
+                    gate_cmp, gate_slc, gate_swa = (gate[index].to(acc) for gate in (g_cmp, g_slc, g_swa))
+                    dq_cmp, dg_cmp[index] = compression.compression_backward(
+                        q_chunk, k_cmp, v_cmp, do_chunk, lse_cmp[index], dk_cmp, dv_cmp,
+                        first, block_size, softmax_scale, gate_cmp,
+                    )  # fmt: skip
+                    if _selects_all(first, block_size, block_counts):
+                        dq_slc, dg_slc[index] = sliding_window.window_backward(
+                            q_chunk, k_head, v_head, do_chunk, lse_slc[index], dk_head, dv_head,
+                            first, block_size * block_counts, softmax_scale, gate_slc,
+                        )  # fmt: skip
+                    else:
+                        delta = (o_slc[index] * do_chunk).sum(-1)
+                        dg_slc[index] = delta
+                        dq_slc = selection.selection_backward(
+                            q_chunk, k_blocks, v_blocks, indices[chunk, head], do_chunk, lse_slc[index], delta,
+                            dk_blocks, dv_blocks, first, softmax_scale, scratch, gate_slc,
+                        )  # fmt: skip
+                    dq_swa, dg_swa[index] = sliding_window.window_backward(
+                        q_chunk, k_head, v_head, do_chunk, lse_swa[index], dk_head, dv_head,
+                        first, window_size, softmax_scale, gate_swa,
+                    )  # fmt: skip
+                    dq[index] = dq_cmp.add_(dq_slc).add_(dq_swa)
+                compression.unpool_blocks_(dk_head, dk_cmp, block_size)
+                compression.unpool_blocks_(dv_head, dv_cmp, block_size)
+                dk[span.k_start : span.k_end, head] = dk_head
+                dv[span.k_start : span.k_end, head] = dv_head
+        return dq, dk, dv, dg_cmp, dg_slc, dg_swa, None, None, None, None, None
+
+
+def _selects_all(first: int, block_size: int, block_counts: int) -> bool:
+    """Whether the chunk that starts at position ``first`` selects every block: then selection is dense and causal."""
+    return first < block_size * block_counts
+
+
+def _chunks(span: utils.Span, dense_until: int, size: int):
+    """`utils.query_chunks`, with a cut at position dense_until, so that `_selects_all` holds for a chunk or not."""
+    cut = span.q_start + max(0, min(dense_until - span.first, span.num_queries))
+    yield from utils.query_chunks(span._replace(q_end=cut, k_end=span.k_end - (span.q_end - cut)), size)
+    yield from utils.query_chunks(span._replace(q_start=cut), size)
+
+
+def _compress_and_choose(q, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale):
+    """o_cmp, lse and block indices of one chunk from a single computation of the block probabilities."""
+    o = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2])
+    indices = torch.empty(q.shape[0], block_counts, dtype=torch.int32, device=q.device)
+    for rows, probs, tile_lse in compression.probability_tiles(q, k_cmp, first, block_size, softmax_scale):
+        o[rows] = probs @ v_cmp[: probs.shape[-1]]
+        lse[rows] = tile_lse
+        indices[rows] = topk.choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
+    return o, lse, indices
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g_cmp: Tensor,
+    g_slc: Tensor,
+    g_swa: Tensor,
+    cu_seqlens_q: Tensor | utils.SequenceLengths,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    block_counts: int = 32,
+    window_size: int = 256,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Native Sparse Attention: the gated sum of the compression, selection and window branches.
+
+    Every token attends, causally and within its own sequence, to the means of complete key blocks, to the tokens of the
+    blocks that matter most to it, and to its last tokens. The choice of blocks carries no gradient.
+
+    Args:
+        q: (total_q, num_heads, head_dim), fp16, bf16, fp32 or fp64. Where a sequence has fewer queries than keys, its
+            queries are its last tokens.
+        k, v: (total_k, num_kv_heads, head_dim), like q; query head h reads key/value head h // group_size.
+        g_cmp, g_slc, g_swa: (total_q, num_heads), floating point: the gates, already in (0, 1).
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32; k's defaults to q's. Reading them waits for a GPU: callers with
+            many layers pass one `SequenceLengths` as cu_seqlens_q instead. Sequences may be empty.
+        block_size: tokens per key block, of compression and selection.
+        block_counts: blocks per token and key/value head in selection, the token's own included.
+        window_size: tokens in the window, the query itself included.
+        softmax_scale: defaults to head_dim**-0.5.
+        backend: one of `BACKENDS`.
+    Returns:
+        o: like q.
+    Raises:
+        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+    """
+    utils.check_positive(block_size=block_size, block_counts=block_counts, window_size=window_size)
+    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
+    utils.check_qkv(q, k, v, lengths)
+    for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
+        if gate.shape != q.shape[:2] or not gate.is_floating_point() or gate.device != q.device:
+            raise ValueError(
+                f"{name} must be floating point of shape (total_q, num_heads) = {tuple(q.shape[:2])} on {q.device}, "
+                f"got {gate.dtype} {tuple(gate.shape)} on {gate.device}"
+            )
+    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    args = q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
+    if utils.resolve_backend(backend, q.device) == "reference":
+        return reference.nsa_attention_ref(*args)
+    return _NSAFunction.apply(*args)

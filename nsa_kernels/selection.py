@@ -1,0 +1,301 @@
+"""Selection branch: causal attention over the tokens of the selected key blocks (torch backend).
+
+    o[t,h] = softmax attention of q[t,h] over { s <= t : s // B in block_indices[t, h // R] }
+
+Native Sparse Attention (arXiv:2502.11089), equations 11 and 12.
+
+Fetching 2 * B rows of k and v for every (token, block) pair is bound by memory, so the loop runs the other way round.
+For a chunk of query tokens and one key/value head, the pairs are sorted by block and cut into tiles of a few tokens
+that all selected the same block. A batched product of tiles with their blocks gives, per pair and query head, an
+unnormalised output and its softmax state (maximum, sum); a weighted gather then adds up the pairs of each token.
+Every shape is known beforehand on a GPU, so nothing waits for it, and every sum has a fixed order.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference, utils
+
+# Outputs of the pairs of one chunk of tokens: 256 MB in float32.
+_PARTIAL_ELEMENTS = 1 << 26
+
+
+class _Tiles(NamedTuple):
+    """Pairs of (token, block) of a chunk, sorted by block and cut into tiles of one block each."""
+
+    tokens: Tensor  # (tiles, tile_size): token of each pair, 0 where a tile is not full
+    inside: Tensor  # (tiles, tile_size), bool: False where a tile is not full
+    blocks: Tensor  # (tiles,): key block of each tile
+    slots: Tensor  # (tokens, block_counts): where a pair lies in tokens.flatten(), 0 for pairs that do not count
+    counted: Tensor  # (tokens, block_counts), bool: pairs that count
+    first_own: int  # tiles before this one hold no pair of a token and its own block, so they need no causal mask
+
+
+class Scratch:
+    """Memory for the pairs' outputs, reused from chunk to chunk: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call."""
+        numel = torch.Size(shape).numel()
+        if self._buffer is None or self._buffer.numel() < numel:
+            self._buffer = None  # freed before the larger one is allocated
+            self._buffer = like.new_empty(numel)
+        return self._buffer[:numel].view(shape)
+
+
+def chunk_tokens(block_counts: int, group_size: int, head_dim: int) -> int:
+    """Query tokens per chunk, so that the outputs of their pairs stay within a fixed size."""
+    return min(2048, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
+
+
+def split_blocks(x: Tensor, block_size: int) -> Tensor:
+    """(num_keys, head_dim) -> (num_blocks, block_size, head_dim); zeros complete the last block."""
+    return F.pad(x, (0, 0, 0, -x.shape[0] % block_size)).unflatten(0, (-1, block_size))
+
+
+def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: int) -> _Tiles:
+    tokens, block_counts = block_indices.shape
+    device, pairs = block_indices.device, block_indices.numel()
+    own = torch.arange(first, first + tokens, device=device)[:, None] // block_size
+    counted = (block_indices >= 0) & (block_indices <= own)
+    # Runs of equal key: one per block, then one per own block, then the pairs that do not count.
+    key = torch.where(block_indices == own, block_indices + num_blocks, block_indices)
+    key = key.masked_fill(~counted, 2 * num_blocks).flatten()
+    key, order = key.sort(stable=True)
+    run_start = torch.searchsorted(key, torch.arange(2 * num_blocks + 1, device=device, dtype=key.dtype))
+    run_length = run_start.diff()
+    # Half-empty tiles waste work and small ones waste bandwidth: take about a quarter of the average run.
+    tile_size = min(32, max(4, pairs // (4 * num_blocks)))
+    run_tiles = (run_length + tile_size - 1) // tile_size
+    tile_end = run_tiles.cumsum(0)
+    tile_start = tile_end - run_tiles
+    if device.type == "cpu":
+        num_tiles, first_own = max(1, int(tile_end[-1])), int(tile_end[num_blocks - 1])
+    else:  # an upper bound, because asking for the number would wait for the device
+        num_tiles, first_own = pairs // tile_size + min(2 * num_blocks, pairs), 0
+    tile = torch.arange(num_tiles, device=device)
+    run = torch.searchsorted(tile_end, tile, right=True).clamp_max_(2 * num_blocks - 1)
+    sorted_pair = (run_start[run] + (tile - tile_start[run]) * tile_size)[:, None]
+    sorted_pair = sorted_pair + torch.arange(tile_size, device=device)
+    inside = sorted_pair < run_start[run + 1][:, None]
+    tile_tokens = (order[sorted_pair.clamp_max_(pairs - 1)] // block_counts).masked_fill_(~inside, 0)
+    pair_run = key.clamp_max(2 * num_blocks - 1).long()
+    slot = tile_start[pair_run] * tile_size + torch.arange(pairs, device=device) - run_start[pair_run]
+    slots = torch.empty_like(slot).scatter_(0, order, slot).view(tokens, block_counts)
+    return _Tiles(tile_tokens, inside, run % num_blocks, slots.masked_fill_(~counted, 0), counted, first_own)
+
+
+def _score_batches(q: Tensor, k_blocks: Tensor, tiles: _Tiles, first: int, softmax_scale: float):
+    """Batches of (slice of tiles, rows (tiles, tile_size), query rows, scaled scores (.., tile_size * group, B))."""
+    _, group_size, head_dim = q.shape
+    num_tiles, tile_size = tiles.tokens.shape
+    block_size = k_blocks.shape[1]
+    step = utils.tile_tokens(tile_size * group_size * (head_dim + block_size), q.device)
+    offset = torch.arange(block_size, device=q.device)
+    for start in range(0, num_tiles, step):
+        batch = slice(start, min(start + step, num_tiles))
+        rows = tiles.tokens[batch]
+        q_rows = q.index_select(0, rows.flatten()).view(-1, tile_size * group_size, head_dim)
+        scores = q_rows @ k_blocks.index_select(0, tiles.blocks[batch]).mul_(softmax_scale).mT
+        if batch.stop > tiles.first_own:
+            key = (tiles.blocks[batch, None] * block_size + offset)[:, None, None]
+            hidden = key > (rows + first)[:, :, None, None]  # (tiles, tile_size, 1, B)
+            scores.view(-1, tile_size, group_size, block_size).masked_fill_(hidden, -torch.inf)
+        yield batch, rows, q_rows, scores
+
+
+def selection_forward(
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    block_indices: Tensor,
+    first: int,
+    softmax_scale: float,
+    scratch: Scratch,
+) -> tuple[Tensor, Tensor]:
+    """o (tokens, group_size, head_dim) and lse (tokens, group_size) for one chunk and one key/value head.
+
+    Args:
+        q: (tokens, group_size, head_dim), the tokens at positions first, first + 1, ...
+        k_blocks, v_blocks: (num_blocks, block_size, head_dim) from `split_blocks`.
+        block_indices: (tokens, block_counts), distinct within a token; -1 and blocks after the token are ignored.
+    """
+    group_size, head_dim = q.shape[1:]
+    tiles = _make_tiles(block_indices, first, k_blocks.shape[1], k_blocks.shape[0])
+    num_tiles, tile_size = tiles.tokens.shape
+    partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
+    maxima = q.new_empty(num_tiles, tile_size * group_size)
+    sums = torch.empty_like(maxima)
+    lowest = torch.finfo(q.dtype).min
+    for batch, _, _, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
+        # Only the unused rows of a tile can be hidden from all keys; a finite maximum keeps nan out of them.
+        row_max = scores.amax(-1, keepdim=True).clamp_min_(lowest)
+        probs = scores.sub_(row_max).exp_()
+        maxima[batch] = row_max.squeeze(-1)
+        sums[batch] = probs.sum(-1)
+        torch.bmm(probs, v_blocks.index_select(0, tiles.blocks[batch]), out=partial[batch])
+
+    # Each token's pairs, put on their common maximum: (tokens, block_counts, group_size).
+    pair_max = maxima.view(-1, group_size)[tiles.slots].masked_fill_(~tiles.counted[..., None], -torch.inf)
+    row_max = pair_max.amax(1, keepdim=True).clamp_min_(lowest)
+    weights = pair_max.sub_(row_max).exp_()
+    row_sum = (weights * sums.view(-1, group_size)[tiles.slots]).sum(1, keepdim=True)
+    lse = (row_sum.log() + row_max).squeeze(1)
+    # A token's largest pair has weight 1 and a sum of at least 1: only a token without pairs is below.
+    weights.div_(row_sum.clamp_min_(1.0))
+    return _add_pairs(partial, tiles.slots, group_size, weights), lse
+
+
+def _add_pairs(partial: Tensor, slots: Tensor, group_size: int, weights: Tensor) -> Tensor:
+    """Weighted sum over each token's pairs: weights (tokens, block_counts, group_size) -> (tokens, group_size, D)."""
+    rows = slots[..., None] * group_size + torch.arange(group_size, device=slots.device)
+    rows, weights = (x.transpose(1, 2).flatten(0, 1).contiguous() for x in (rows, weights))
+    total = F.embedding_bag(rows, partial.view(-1, partial.shape[-1]), per_sample_weights=weights, mode="sum")
+    return total.view(slots.shape[0], group_size, -1)
+
+
+def selection_backward(
+    q: Tensor,
+    k_blocks: Tensor,
+    v_blocks: Tensor,
+    block_indices: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    dk_blocks: Tensor,
+    dv_blocks: Tensor,
+    first: int,
+    softmax_scale: float,
+    scratch: Scratch,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """Gradients of ``gate * o``: returns dq like q, adds to dk_blocks and dv_blocks in place.
+
+    Args:
+        do: like q; lse, gate, delta: (tokens, group_size), delta the sum of o * do over head_dim.
+    """
+    group_size, head_dim = q.shape[1:]
+    tiles = _make_tiles(block_indices, first, k_blocks.shape[1], k_blocks.shape[0])
+    num_tiles, tile_size = tiles.tokens.shape
+    partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
+    finite_lse = lse.masked_fill(lse.isneginf(), 0.0)
+    for batch, rows, q_rows, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
+        flat = rows.flatten()
+
+        def per_row(x: Tensor, flat: Tensor = flat, tiles_in_batch: int = rows.shape[0]) -> Tensor:
+            return x.index_select(0, flat).view(tiles_in_batch, tile_size * group_size, -1)
+
+        blocks = tiles.blocks[batch]
+        probs = scores.sub_(per_row(finite_lse)).exp_()
+        # Rows that hold no pair repeat token 0 of the chunk: they must not add to dk and dv.
+        probs.view(*rows.shape, -1).mul_(tiles.inside[batch, :, None])
+        do_rows = per_row(do)
+        dscores = do_rows @ v_blocks.index_select(0, blocks).mT
+        if gate is not None:
+            probs.mul_(per_row(gate))
+        utils.add_rows_(dv_blocks, blocks, probs.mT @ do_rows)
+        dscores = dscores.sub_(per_row(delta)).mul_(probs).mul_(softmax_scale)
+        utils.add_rows_(dk_blocks, blocks, dscores.mT @ q_rows)
+        torch.bmm(dscores, k_blocks.index_select(0, blocks), out=partial[batch])
+    weights = tiles.counted[..., None].expand(-1, -1, group_size).to(q.dtype)
+    return _add_pairs(partial, tiles.slots, group_size, weights)
+
+
+class _SelectionFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, block_indices, lengths, block_size, softmax_scale):
+        group_size = q.shape[1] // k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        size, scratch = chunk_tokens(block_indices.shape[2], group_size, q.shape[2]), Scratch()
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
+        for span in lengths.spans():
+            for head in range(k.shape[1]):
+                k_blocks, v_blocks = (split_blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+                for chunk, first in utils.query_chunks(span, size):
+                    index = chunk, utils.head_slice(head, group_size)
+                    o[index], lse[index] = selection_forward(
+                        q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head],
+                        first, softmax_scale, scratch,
+                    )  # fmt: skip
+        ctx.save_for_backward(q, k, v, block_indices, o, lse)
+        ctx.args = lengths, block_size, softmax_scale
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _dlse):
+        q, k, v, block_indices, o, lse = ctx.saved_tensors
+        lengths, block_size, softmax_scale = ctx.args
+        group_size = q.shape[1] // k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        size, scratch = chunk_tokens(block_indices.shape[2], group_size, q.shape[2]), Scratch()
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for span in lengths.spans():
+            for head in range(k.shape[1]):
+                k_blocks, v_blocks = (split_blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+                dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+                for chunk, first in utils.query_chunks(span, size):
+                    index = chunk, utils.head_slice(head, group_size)
+                    do_chunk = do[index].to(acc)
+                    dq[index] = selection_backward(
+                        q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head], do_chunk, lse[index],
+                        (o[index] * do_chunk).sum(-1), dk_blocks, dv_blocks, first, softmax_scale, scratch,
+                    )  # fmt: skip
+                dk[span.k_start : span.k_end, head] = dk_blocks.flatten(0, 1)[: span.num_keys]
+                dv[span.k_start : span.k_end, head] = dv_blocks.flatten(0, 1)[: span.num_keys]
+        return dq, dk, dv, None, None, None, None
+
+
+def selection_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens_q: Tensor | utils.SequenceLengths,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    block_size: int = 64,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every query over the tokens of its selected key blocks.
+
+    Args:
+        q: (total_q, num_heads, head_dim), fp16, bf16, fp32 or fp64.
+        k, v: (total_k, num_kv_heads, head_dim), like q; query head h reads key/value head h // group_size.
+        block_indices: (total_q, num_kv_heads, block_counts), int32 or int64, counted from the start of the sequence's
+            keys, distinct within a token. Negative ones and blocks that start after the token are ignored.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32; k's defaults to q's. Or one `utils.SequenceLengths`.
+        softmax_scale: defaults to head_dim**-0.5.
+        backend: one of `utils.BACKENDS`.
+    Returns:
+        o: like q, 0 with zero gradient for a token without blocks.
+        lse: (total_q, num_heads), fp32 (fp64 for fp64), natural log, -inf for a token without blocks; no gradient.
+    Raises:
+        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+    """
+    utils.check_positive(block_size=block_size)
+    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
+    utils.check_qkv(q, k, v, lengths)
+    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    if block_indices.shape[:-1] != (q.shape[0], k.shape[1]) or block_indices.shape[-1] == 0:
+        raise ValueError(
+            f"block_indices must have shape (total_q, num_kv_heads, block_counts) = ({q.shape[0]}, {k.shape[1]}, >= 1),"
+            f" got {tuple(block_indices.shape)}"
+        )
+    if block_indices.dtype not in (torch.int32, torch.int64) or block_indices.device != q.device:
+        raise ValueError(
+            f"block_indices must be int32 or int64 on {q.device}, got {block_indices.dtype} on {block_indices.device}"
+        )
+    if utils.resolve_backend(backend, q.device) == "reference":
+        return reference.selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax_scale)
+    return _SelectionFunction.apply(q, k, v, block_indices, lengths, block_size, softmax_scale)

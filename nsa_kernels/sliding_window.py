@@ -1,0 +1,176 @@
+"""Window branch: attention over the last window_size tokens, the query itself included (torch backend).
+
+    o[t,h] = softmax attention of q[t,h] over tokens max(0, t-w+1) .. t
+
+Native Sparse Attention (arXiv:2502.11089), section 3.3.3. A tile of consecutive query tokens meets one contiguous
+range of keys, so each tile is two plain matrix products and nothing is gathered. With a window as long as the sequence
+this is dense causal attention, which is how the selection branch handles tokens that select every block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference, utils
+
+# Query tokens per tile. A tile computes window_size + tile - 1 columns for window_size useful ones.
+_TILE_TOKENS = {"cpu": 64}
+_TILE_TOKENS_ACCELERATOR = 256
+
+
+def _score_tiles(
+    q: Tensor, k: Tensor, first: int, window_size: int, softmax_scale: float
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of (query rows, key rows, scaled scores (rows, group_size, keys), -inf outside the window)."""
+    tokens, group_size, head_dim = q.shape
+    step = _TILE_TOKENS.get(q.device.type, _TILE_TOKENS_ACCELERATOR)
+    step = min(step, utils.tile_tokens(group_size * min(window_size + step, first + tokens), q.device))
+    scaled_k = k * softmax_scale
+    band_shape, band = None, None
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
+        keys = slice(max(0, first + start - window_size + 1), first + rows.stop)
+        scores = q[rows].reshape(-1, head_dim) @ scaled_k[keys].mT
+        shape = rows.stop - start, keys.stop - keys.start
+        if shape != band_shape:  # the band looks the same from tile to tile, once past the start of the sequence
+            band_shape, band = shape, _band(*shape, window_size, q)
+        yield rows, keys, scores.view(-1, group_size, shape[1]).add_(band)
+
+
+def _band(rows: int, keys: int, window_size: int, like: Tensor) -> Tensor:
+    """(rows, 1, keys) of 0 inside the window and -inf outside, where the last row and the last key are one token."""
+    row = torch.arange(keys - rows, keys, device=like.device)[:, None]
+    key = torch.arange(keys, device=like.device)
+    outside = (key > row) | (key <= row - window_size)
+    return torch.zeros(rows, keys, dtype=like.dtype, device=like.device).masked_fill_(outside, -torch.inf)[:, None]
+
+
+def window_forward(
+    q: Tensor, k: Tensor, v: Tensor, first: int, window_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """o (tokens, group_size, head_dim) and lse (tokens, group_size) for one key/value head.
+
+    Args:
+        q: (tokens, group_size, head_dim), the tokens at positions first, first + 1, ...; k, v: (num_keys, head_dim).
+    """
+    o = torch.empty_like(q)
+    lse = q.new_empty(q.shape[:2])
+    for rows, keys, scores in _score_tiles(q, k, first, window_size, softmax_scale):
+        row_max = scores.amax(-1, keepdim=True)
+        probs = scores.sub_(row_max).exp_()
+        row_sum = probs.sum(-1, keepdim=True)
+        lse[rows] = (row_sum.log() + row_max).squeeze(-1)
+        o[rows] = (probs.flatten(0, 1) @ v[keys]).view(o[rows].shape).div_(row_sum)
+    return o, lse
+
+
+def window_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    lse: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    first: int,
+    window_size: int,
+    softmax_scale: float,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``gate * o`` for one key/value head; dk and dv (num_keys, head_dim) are added to in place.
+
+    Returns:
+        dq like q; delta (tokens, group_size), the sum of o * do over head_dim, which is also the gradient of the gate.
+    """
+    dq = torch.empty_like(q)
+    delta = torch.empty_like(lse)
+    for rows, keys, scores in _score_tiles(q, k, first, window_size, softmax_scale):
+        probs = scores.sub_(lse[rows, :, None]).exp_()
+        q_rows, do_rows = q[rows].flatten(0, 1), do[rows].flatten(0, 1)
+        dscores = (do_rows @ v[keys].mT).view_as(probs)
+        delta[rows] = (probs * dscores).sum(-1)
+        if gate is not None:
+            probs.mul_(gate[rows, :, None])
+        dv[keys].addmm_(probs.flatten(0, 1).mT, do_rows)
+        dscores = dscores.sub_(delta[rows, :, None]).mul_(probs).mul_(softmax_scale).flatten(0, 1)
+        dk[keys].addmm_(dscores.mT, q_rows)
+        dq[rows] = (dscores @ k[keys]).view(dq[rows].shape)
+    return dq, delta
+
+
+class _WindowFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, lengths, window_size, softmax_scale):
+        group_size = q.shape[1] // k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        o = torch.empty_like(q, memory_format=torch.contiguous_format)
+        lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
+        for span in lengths.spans():
+            for head in range(k.shape[1]):
+                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+                for chunk, first in utils.query_chunks(span):
+                    index = chunk, utils.head_slice(head, group_size)
+                    o[index], lse[index] = window_forward(
+                        q[index].to(acc), k_head, v_head, first, window_size, softmax_scale
+                    )
+        ctx.save_for_backward(q, k, v, lse)
+        ctx.args = lengths, window_size, softmax_scale
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, _dlse):
+        q, k, v, lse = ctx.saved_tensors
+        lengths, window_size, softmax_scale = ctx.args
+        group_size = q.shape[1] // k.shape[1]
+        acc = utils.accumulate_dtype(q.dtype)
+        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for span in lengths.spans():
+            for head in range(k.shape[1]):
+                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+                dk_head, dv_head = torch.zeros_like(k_head), torch.zeros_like(v_head)
+                for chunk, first in utils.query_chunks(span):
+                    index = chunk, utils.head_slice(head, group_size)
+                    dq[index], _ = window_backward(
+                        q[index].to(acc), k_head, v_head, do[index].to(acc), lse[index], dk_head, dv_head,
+                        first, window_size, softmax_scale,
+                    )  # fmt: skip
+                dk[span.k_start : span.k_end, head] = dk_head
+                dv[span.k_start : span.k_end, head] = dv_head
+        return dq, dk, dv, None, None, None
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | utils.SequenceLengths,
+    cu_seqlens_k: Tensor | None = None,
+    *,
+    window_size: int = 256,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every query over its last window_size tokens, itself included.
+
+    Args:
+        q: (total_q, num_heads, head_dim), fp16, bf16, fp32 or fp64.
+        k, v: (total_k, num_kv_heads, head_dim), like q; query head h reads key/value head h // group_size.
+        cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32; k's defaults to q's. Or one `utils.SequenceLengths`.
+        softmax_scale: defaults to head_dim**-0.5.
+        backend: one of `utils.BACKENDS`.
+    Returns:
+        o: like q. lse: (total_q, num_heads), fp32 (fp64 for fp64), natural log; no gradient.
+    Raises:
+        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+    """
+    utils.check_positive(window_size=window_size)
+    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
+    utils.check_qkv(q, k, v, lengths)
+    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    if utils.resolve_backend(backend, q.device) == "reference":
+        return reference.sliding_window_attention_ref(q, k, v, lengths, window_size, softmax_scale)
+    return _WindowFunction.apply(q, k, v, lengths, window_size, softmax_scale)
