@@ -1,0 +1,204 @@
+"""Configuration of VideoNSA: Qwen2.5-VL's, and in its text part the fields of Native Sparse Attention.
+
+Every NSA field is validated whenever it is set, also on a loaded model, where a new value takes effect at the next
+forward call. The attention itself is described in arXiv 2510.02295.
+"""
+
+import difflib
+import math
+from typing import Any, Literal
+
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLTextConfig,
+    Qwen2_5_VLVisionConfig,
+)
+
+# What a checkpoint's config.json tells transformers' Auto classes. AutoModel maps to the class that can `generate`,
+# since that is what its callers expect. AutoModelForCausalLM is left out: with it, `pipeline("text-generation")`
+# would accept a video and ignore it.
+AUTO_MAP = {
+    "AutoConfig": "configuration_videonsa.VideoNSAConfig",
+    "AutoModel": "modeling_videonsa.VideoNSAForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_videonsa.VideoNSAForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_videonsa.VideoNSAForConditionalGeneration",
+}
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}")
+
+
+def _check_nsa_field(name: str, value: Any) -> None:
+    """Raise for a value that the NSA field `name` cannot take."""
+    if name == "nsa_variant":
+        _check_choice(name, value, ("paper", "released"))
+        if value == "released":
+            raise NotImplementedError(
+                "nsa_variant='released' (the attention of the code published with the VideoNSA weights) is not "
+                "implemented yet; use nsa_variant='paper'"
+            )
+    elif name == "nsa_mode":
+        _check_choice(name, value, ("sparse", "dense"))
+    elif name == "nsa_backend":
+        _check_choice(name, value, ("auto", "reference", "torch", "triton"))
+    elif name in ("block_size", "block_counts", "window_size"):
+        _check_positive_int(name, value)
+    elif name == "gate_temperature":
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or value <= 0:
+            raise ValueError(f"`gate_temperature` must be a positive number, got {value!r}")
+
+
+def _reject_misspelt(keys: dict[str, Any], where: str) -> None:
+    """Raise for unknown keys that look like an NSA field; transformers would carry them along and ignore them."""
+    for key, value in keys.items():
+        close = difflib.get_close_matches(key, NSA_FIELDS, n=1, cutoff=0.7)
+        if close or key.startswith("nsa_"):
+            hint = f"; did you mean `{close[0]}`?" if close else f"; the NSA fields are {', '.join(NSA_FIELDS)}"
+            raise ValueError(f"unknown key `{key}` = {value!r} in {where}{hint}")
+
+
+class VideoNSATextConfig(Qwen2_5_VLTextConfig):
+    r"""
+    Configuration of the language model. The fields that NSA adds to [`Qwen2_5_VLTextConfig`]:
+
+    nsa_variant (`str`, *optional*, defaults to `"paper"`):
+        `"paper"` computes the attention of arXiv 2510.02295; `"released"` reproduces the code published with the
+        VideoNSA weights and raises `NotImplementedError` so far.
+    nsa_mode (`str`, *optional*, defaults to `"sparse"`):
+        `"sparse"` runs NSA on the vision tokens; `"dense"` runs Qwen2.5-VL's dense attention on every token.
+    nsa_backend (`str`, *optional*, defaults to `"auto"`):
+        `"reference"`, `"torch"`, `"triton"`, or `"auto"`, which picks one and logs its choice once.
+    block_size (`int`, *optional*, defaults to 64):
+        Vision tokens per key block, of the compression and the selection branch.
+    block_counts (`int`, *optional*, defaults to 32):
+        Key blocks that each query token selects, its own included.
+    window_size (`int`, *optional*, defaults to 256):
+        Vision tokens that the sliding window spans, the query token included.
+    gate_temperature (`float`, *optional*, defaults to 0.3):
+        Divides the gate logits before the sigmoid.
+
+    Raises:
+        ValueError: an NSA field has a value that it cannot take, a key looks like a misspelt NSA field, the attention
+            heads do not divide the hidden size or do not fall into groups of equal size, or a layer has dropout or
+            sliding-window attention, which NSA does not.
+    """
+
+    model_type = "videonsa_text"
+    # The gates are three numbers for each head, ordered by head: they split over devices as the query heads do.
+    base_model_tp_plan = Qwen2_5_VLTextConfig.base_model_tp_plan | {"layers.*.self_attn.g_proj_2": "colwise"}
+
+    nsa_variant: Literal["paper", "released"] = "paper"
+    nsa_mode: Literal["sparse", "dense"] = "sparse"
+    nsa_backend: Literal["auto", "reference", "torch", "triton"] = "auto"
+    block_size: int = 64
+    block_counts: int = 32
+    window_size: int = 256
+    gate_temperature: float = 0.3
+
+    def __post_init__(self, **kwargs):
+        _reject_misspelt(kwargs, "the text configuration")
+        super().__post_init__(**kwargs)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"`num_attention_heads` ({heads}) must divide `hidden_size` ({self.hidden_size})")
+        if heads % kv_heads:
+            raise ValueError(f"`num_key_value_heads` ({kv_heads}) must divide `num_attention_heads` ({heads})")
+        if "sliding_attention" in self.layer_types:
+            raise ValueError(
+                f"`layer_types` ({self.layer_types}) must all be 'full_attention': a sliding-window cache drops the "
+                "keys that NSA selects from"
+            )
+        if self.attention_dropout:
+            raise ValueError(f"`attention_dropout` must be 0, got {self.attention_dropout!r}: NSA has no dropout")
+
+    # transformers validates typed fields with an exception that is not a ValueError, and only by type.
+    def __setattr__(self, name, value):
+        _check_nsa_field(name, value)
+        super().__setattr__(name, value)
+
+
+NSA_FIELDS = (
+    "nsa_variant",
+    "nsa_mode",
+    "nsa_backend",
+    "block_size",
+    "block_counts",
+    "window_size",
+    "gate_temperature",
+)
+
+
+class _TextField:
+    """An NSA field seen from the top-level configuration: reads and writes the text configuration's."""
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, config, owner=None):
+        if config is None:
+            return self
+        return getattr(config.text_config, self.name)
+
+    def __set__(self, config, value):
+        setattr(config.text_config, self.name, value)
+
+
+class VideoNSAConfig(Qwen2_5_VLConfig):
+    r"""
+    Configuration of the whole model: [`Qwen2_5_VLConfig`] with a [`VideoNSATextConfig`] inside.
+
+    The NSA fields live in `text_config`. They may also be given, read and set here, so that
+    `VideoNSAConfig(block_counts=16)`, `from_pretrained(repo, block_counts=16)` and
+    `model.config.block_counts = 16` all work.
+
+    Raises:
+        ValueError: as [`VideoNSATextConfig`]; an NSA field is given here and in `text_config` with different values,
+            or is misplaced in `vision_config`.
+    """
+
+    model_type = "videonsa"
+    sub_configs_defaults = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
+
+    nsa_variant = _TextField()
+    nsa_mode = _TextField()
+    nsa_backend = _TextField()
+    block_size = _TextField()
+    block_counts = _TextField()
+    window_size = _TextField()
+    gate_temperature = _TextField()
+
+    def __post_init__(self, **kwargs):
+        given = {name: kwargs.pop(name) for name in NSA_FIELDS if name in kwargs}
+        _reject_misspelt(kwargs, "the configuration")
+        if isinstance(self.vision_config, dict):
+            # `window_size` is a field of the vision tower too, with a meaning of its own.
+            for name in (set(NSA_FIELDS) - {"window_size"}) & set(self.vision_config):
+                raise ValueError(f"`{name}` = {self.vision_config[name]!r} is misplaced in `vision_config`")
+        if isinstance(self.text_config, dict):
+            for name in given.keys() & self.text_config.keys():
+                if given[name] != self.text_config[name]:
+                    raise ValueError(
+                        f"`{name}` is {given[name]!r} at the top level but {self.text_config[name]!r} in `text_config`"
+                    )
+        super().__post_init__(**kwargs)
+        for name, value in given.items():
+            setattr(self.text_config, name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # These are `from_pretrained`'s keywords; what matches no field would reach the model's constructor.
+        _reject_misspelt({key: value for key, value in kwargs.items() if key not in NSA_FIELDS}, "from_pretrained")
+        return super().from_dict(config_dict, **kwargs)
+
+
+VideoNSAConfig.register_for_auto_class()
+
+__all__ = ["VideoNSAConfig", "VideoNSATextConfig"]

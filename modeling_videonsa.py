@@ -1,0 +1,527 @@
+"""VideoNSA: Qwen2.5-VL whose decoder layers run Native Sparse Attention on vision tokens (arXiv 2510.02295).
+
+Written as a difference from transformers' Qwen2.5-VL. What is new:
+
+- `VideoNSAAttention` sends vision rows, packed over the batch, through `nsa_kernels`, and text rows through
+  Qwen2.5-VL's own attention over all earlier keys;
+- `VideoNSAModel` decides once per forward call which rows are which (`nsa_kernels/routing.py`), and computes the M-RoPE
+  positions that Qwen2.5-VL was trained with (`positions_videonsa.py`);
+- `VideoNSAForConditionalGeneration` tells `forward` the token types during generation and saves `nsa_kernels/`.
+
+A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
+"""
+
+import importlib
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    create_masks_for_generate,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VisionTransformerPretrainedModel,
+    Qwen2_5_VLAttention,
+    Qwen2_5_VLDecoderLayer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2_5_VLPreTrainedModel,
+    Qwen2_5_VLRMSNorm,
+    Qwen2_5_VLRotaryEmbedding,
+    Qwen2_5_VLTextModel,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+from transformers.utils.generic import is_flash_attention_requested
+
+try:
+    from .configuration_videonsa import AUTO_MAP, VideoNSAConfig, VideoNSATextConfig
+    from .positions_videonsa import mrope_position_ids
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from configuration_videonsa import AUTO_MAP, VideoNSAConfig, VideoNSATextConfig
+    from positions_videonsa import mrope_position_ids
+
+# transformers copies the files that a remote-code module imports by scanning its text, and only knows flat files. It
+# takes these lines for imports and so brings the folder along, at the same commit, locally and from the Hub.
+_KERNEL_FILES = """
+from .nsa_kernels/attention import *
+from .nsa_kernels/compression import *
+from .nsa_kernels/reference import *
+from .nsa_kernels/routing import *
+from .nsa_kernels/selection import *
+from .nsa_kernels/sliding_window import *
+from .nsa_kernels/topk import *
+from .nsa_kernels/utils import *
+"""
+_KERNEL_NAMES = [line.split()[1].removeprefix(".nsa_kernels/") for line in _KERNEL_FILES.strip().splitlines()]
+
+
+def _kernel_module(name: str):
+    return importlib.import_module(f".nsa_kernels.{name}" if __package__ else f"nsa_kernels.{name}", __package__)
+
+
+nsa_attention = _kernel_module("attention").nsa_attention
+TextRun, VisionRouting = _kernel_module("routing").TextRun, _kernel_module("routing").VisionRouting
+
+# Text rows that need a mask are attended in chunks of this many rows, so that the mask stays far from S x S.
+TEXT_ROWS_PER_CHUNK = 512
+
+
+class VideoNSAGateProjection(nn.Linear):
+    """The last gate projection; a type of its own so that it starts at zero, where every gate is one half."""
+
+
+class VideoNSAAttention(Qwen2_5_VLAttention):
+    """Qwen2.5-VL's attention with gated sparse branches for vision rows.
+
+    The gates are `sigmoid(g_proj_2(gelu(g_proj_1(x))) / gate_temperature)`, three for each head: compression,
+    selection, sliding window.
+    """
+
+    def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
+        super().__init__(config, layer_idx)
+        self.g_proj_1 = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.g_proj_2 = VideoNSAGateProjection(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # [batch, q_len, hidden_size]
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        vision_routing: VisionRouting | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if vision_routing is None:
+            return super().forward(
+                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
+            )
+
+        batch, q_len, _ = hidden_states.shape
+        heads = (batch, q_len, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_heads, q_len, head_dim]
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_kv_heads, q_len, head_dim]
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        vision = self._attend_vision_rows(hidden_states, query, key, value, vision_routing)
+        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in vision_routing.text_runs]
+        rows = [torch.cat(pair) for pair in zip(vision_routing.vision_rows, vision_routing.text_rows, strict=True)]
+        output = query.new_zeros(batch, q_len, *vision.shape[1:])  # padding rows stay zero
+        output = output.index_put(rows, torch.cat([vision, *text]))
+        return self.o_proj(output.flatten(2)), None
+
+    def _attend_vision_rows(self, hidden_states, query, key, value, routing: VisionRouting) -> torch.Tensor:
+        """NSA of the new vision tokens over all of their sample's. Returns (total_q, num_heads, head_dim)."""
+        rows, keys = routing.vision_rows, routing.vision_keys
+        gate_logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states[rows])))
+        gates = torch.sigmoid(gate_logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature)
+        return nsa_attention(
+            query.transpose(1, 2)[rows],
+            key.transpose(1, 2)[keys],
+            value.transpose(1, 2)[keys],
+            *gates.unbind(-1),
+            cu_seqlens_q=routing.lengths,
+            block_size=self.config.block_size,
+            block_counts=self.config.block_counts,
+            window_size=self.config.window_size,
+            softmax_scale=self.scaling,
+            backend=self.config.nsa_backend,
+        )
+
+    def _attend_text_run(self, query, key, value, run: TextRun, **kwargs) -> torch.Tensor:
+        """Dense causal attention of a run of text rows. Returns (rows, num_heads, head_dim)."""
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        query = query[run.sample, :, run.start : run.stop].unsqueeze(0)
+        key, value = (states[run.sample][:, run.keys].unsqueeze(0) for states in (key, value))
+        num_rows = run.stop - run.start
+        # A run at the very start of its sample is plain causal attention, which these need no mask for.
+        is_square = num_rows == run.num_keys
+        needs_mask = not (is_flash_attention_requested(self.config) or (implementation == "sdpa" and is_square))
+        outputs, num_keys = [], run.num_keys - num_rows
+        for rows in query.split(TEXT_ROWS_PER_CHUNK if needs_mask else num_rows, dim=2):
+            num_keys += rows.shape[2]
+            mask = None
+            if needs_mask:
+                mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+                    batch_size=1,
+                    q_length=rows.shape[2],
+                    kv_length=num_keys,
+                    q_offset=num_keys - rows.shape[2],
+                    mask_function=causal_mask_function,
+                    dtype=query.dtype,
+                    device=query.device,
+                )
+            seen_key, seen_value = key[:, :, :num_keys], value[:, :, :num_keys]
+            output, _ = attend(self, rows, seen_key, seen_value, mask, scaling=self.scaling, **kwargs)
+            outputs.append(output)  # [1, rows, num_heads, head_dim]
+        return torch.cat(outputs, dim=1)[0]
+
+
+class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
+    def __init__(self, config: VideoNSATextConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.self_attn = VideoNSAAttention(config, layer_idx)
+
+
+class VideoNSAPreTrainedModel(Qwen2_5_VLPreTrainedModel):
+    config: VideoNSAConfig
+    config_class = VideoNSAConfig
+    _no_split_modules = ["VideoNSADecoderLayer", "Qwen2_5_VLVisionBlock"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, VideoNSAGateProjection):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+
+class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
+    config: VideoNSATextConfig
+    config_class = VideoNSATextConfig
+    _can_record_outputs = {"hidden_states": VideoNSADecoderLayer, "attentions": VideoNSAAttention}
+
+    def __init__(self, config: VideoNSATextConfig):
+        # Not Qwen2_5_VLTextModel.__init__, which would build all its decoder layers first.
+        super(Qwen2_5_VLTextModel, self).__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([VideoNSADecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.norm = Qwen2_5_VLRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2_5_VLRotaryEmbedding(config=config)
+        self.has_sliding_layers = False
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
+        if vision_routing is not None:
+            # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
+            attention_mask = {"full_attention": None}
+        return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
+
+
+class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
+    def __init__(self, config: VideoNSAConfig):
+        super(Qwen2_5_VLModel, self).__init__(config)  # skip building the dense language model
+        self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
+        self.language_model = VideoNSATextModel._from_config(config.text_config)
+        self.rope_deltas = None
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        mm_token_type_ids=None,
+        **kwargs,
+    ):
+        r"""Qwen2.5-VL's forward.
+
+        Args:
+            mm_token_type_ids (`torch.IntTensor` of shape `(batch, past + q_len)` or `(batch, q_len)`):
+                0 for text, 1 for image, 2 for video tokens, as the processor returns them. Read off `input_ids` where
+                missing. Where vision tokens join a cache, the types of the cached tokens are needed too.
+        Raises:
+            ValueError: the token types have another shape, are missing where they cannot be read off, or attention
+                weights are asked for of a call that computes none.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        routing = None
+        if tokens is not None:
+            mm_token_type_ids, past = self._resolve_token_types(
+                input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
+            )
+            if mm_token_type_ids is not None:
+                if self.config.nsa_mode == "sparse":
+                    routing = self._route(mm_token_type_ids, attention_mask, position_ids, past)
+                mm_token_type_ids = mm_token_type_ids[:, past:]
+        if routing is not None and kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
+                "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
+            )
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
+            vision_routing=routing,
+            **kwargs,
+        )
+
+    def _resolve_token_types(self, input_ids, inputs_embeds, token_types, past_key_values, kwargs):
+        """Types of all cached and new tokens, or `None` where the new ones are known to be text; and the cache length.
+
+        Decoding steps come without types and leave at the first test: no tensor is looked at on the host.
+        """
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        batch, q_len = tokens.shape[:2]
+        has_features = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos")) or bool(
+            kwargs.get("mm_encoder_outputs")
+        )
+        if token_types is None and not has_features and past_key_values is not None and q_len == 1:
+            return None, 0
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if token_types is None:
+            if past and not has_features:
+                return None, past
+            if input_ids is None:
+                raise ValueError(
+                    "`mm_token_type_ids` is needed with `inputs_embeds`: 0 for text, 1 for image, 2 for video tokens"
+                )
+            token_types = (input_ids == self.config.image_token_id) + 2 * (input_ids == self.config.video_token_id)
+        if token_types.shape == (batch, past + q_len):
+            return token_types, past
+        if token_types.shape != (batch, q_len):
+            raise ValueError(
+                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens) or "
+                f"{(batch, q_len)} (new tokens), got {tuple(token_types.shape)}"
+            )
+        if token_types.any():
+            raise ValueError(
+                f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
+                f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
+            )
+        return None, past
+
+    def _route(self, token_types, attention_mask, position_ids, past) -> VisionRouting | None:
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+            shape = type(attention_mask).__name__ if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
+            raise ValueError(f"`attention_mask` must be 2D, (batch, past + q_len), with vision tokens, got {shape}")
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, : token_types.shape[1]]
+        elif position_ids is not None and len(position_ids) == 4 and (position_ids[0].diff(dim=-1) <= 0).any():
+            raise ValueError(
+                "`position_ids` packs several samples into one row, which NSA cannot tell apart; pass them as rows of "
+                "a batch with an `attention_mask`"
+            )
+        return VisionRouting.build(token_types, attention_mask, past)
+
+    # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
+    def get_video_features(self, pixel_values_videos, video_grid_thw=None, vision_routing=None, **kwargs):
+        return super().get_video_features(pixel_values_videos, video_grid_thw, **kwargs)
+
+    def get_image_features(self, pixel_values, image_grid_thw=None, vision_routing=None, **kwargs):
+        return super().get_image_features(pixel_values, image_grid_thw, **kwargs)
+
+    def get_rope_index(
+        self,
+        input_ids,
+        mm_token_type_ids,
+        image_grid_thw=None,
+        video_grid_thw=None,
+        second_per_grid_ts=None,
+        attention_mask=None,
+        **kwargs,
+    ):
+        """Override: the positions that Qwen2.5-VL was trained with, see `mrope_position_ids`."""
+        return mrope_position_ids(
+            mm_token_type_ids,
+            image_grid_thw,
+            video_grid_thw,
+            second_per_grid_ts,
+            attention_mask,
+            spatial_merge_size=self.config.vision_config.spatial_merge_size,
+            tokens_per_second=self.config.vision_config.tokens_per_second,
+        )
+
+    def compute_3d_position_ids(
+        self,
+        input_ids,
+        image_grid_thw,
+        video_grid_thw,
+        inputs_embeds,
+        attention_mask,
+        past_key_values,
+        second_per_grid_ts=None,
+        mm_token_type_ids=None,
+    ):
+        """Override: vision tokens that join a cache continue from its positions."""
+        inputs = {
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+        }
+        has_grid = image_grid_thw is not None or video_grid_thw is not None
+        joins_cache = has_grid and mm_token_type_ids is not None and past_key_values is not None
+        past = int(past_key_values.get_seq_length()) if joins_cache else 0
+        if not past:
+            return super().compute_3d_position_ids(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                mm_token_type_ids=mm_token_type_ids,
+                **inputs,
+            )
+        if input_ids is None:
+            raise ValueError("`position_ids` is needed where vision tokens given as `inputs_embeds` join a cache")
+        cached, new_mask = past, None
+        if attention_mask is not None:
+            cached, new_mask = attention_mask[:, :past].sum(-1, keepdim=True), attention_mask[:, past:]
+        position_ids, deltas = self.get_rope_index(input_ids, mm_token_type_ids, attention_mask=new_mask, **inputs)
+        old_deltas = 0 if self.rope_deltas is None else self.rope_deltas.to(deltas.device)
+        self.rope_deltas = old_deltas + deltas
+        return position_ids + cached + old_deltas
+
+
+class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+    def __init__(self, config: VideoNSAConfig):
+        super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
+        self.model = VideoNSAModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        mm_token_type_ids=None,
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        # `generate` feeds the prompt in its first iteration, in one or several calls, and generated tokens, which are
+        # text, after that. Only the prompt gets token types, so that decoding steps need not look at them.
+        has_cache = past_key_values is not None and kwargs.get("use_cache", True)
+        if mm_token_type_ids is not None and (is_first_iteration or not has_cache or _is_empty(past_key_values)):
+            tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+            total = tokens.shape[1] + (int(past_key_values.get_seq_length()) if has_cache else 0)
+            types = mm_token_type_ids[:, :total].to(tokens.device)
+            # Assisted decoding appends candidates without extending the types.
+            inputs["mm_token_type_ids"] = nn.functional.pad(types, (0, total - types.shape[1]))
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, is_first_iteration=False, **kwargs):
+        """Override: the prompt keeps its 2D mask, from which its own rows' masks are made where they are needed."""
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        types = model_kwargs.get("mm_token_type_ids")
+        has_grid = any(model_kwargs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw"))
+        if types is not None and has_grid:
+            if inputs_tensor.ndim == 2 and types.shape != inputs_tensor.shape:
+                raise ValueError(
+                    f"`mm_token_type_ids` must have the shape of `input_ids`, {tuple(inputs_tensor.shape)}, got "
+                    f"{tuple(types.shape)}; `generate` on a kept cache takes the whole conversation"
+                )
+            # Whatever an earlier prompt left behind must not become this prompt's position.
+            self.model.rope_deltas = None
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+    def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
+        """Override: on a kept cache, the vision tower sees the images and videos that are not in it yet."""
+        cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+        past = 0 if cache is None else int(cache.get_seq_length())
+        if past and types is not None:
+            model_kwargs.update(_drop_cached_media(model_kwargs, types, past, self.model.visual.spatial_merge_size))
+        return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        # The folder will hold the code, so a fine-tune's references to another repository end here.
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            _save_kernel_folder(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # save_pretrained(push_to_hub=True) uploads before it returns.
+        _save_kernel_folder(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+
+def _is_empty(cache) -> bool:
+    """Whether nothing is cached, where that is known without a device synchronisation; static caches count as full."""
+    return not cache.is_compileable and cache.get_seq_length() == 0
+
+
+def _drop_cached_media(inputs: dict, types: torch.Tensor, past: int, spatial_merge_size: int) -> dict:
+    """The pixel inputs of those images and videos whose tokens are not among the first `past` ones.
+
+    Raises:
+        ValueError: an image or a video lies across the end of the cache.
+    """
+    kept = {}
+    media = ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw"))
+    for kind, pixels, grid_name in media:
+        grid = inputs.get(grid_name)
+        if grid is None or inputs.get(pixels) is None:
+            continue
+        num_patches = grid.prod(-1).cpu()
+        num_tokens = num_patches // spatial_merge_size**2
+        # Media are ordered by sample: where each begins and ends among the tokens of its kind, and how many of those
+        # are cached, is all there is to compare.
+        is_kind = (types == kind).cpu()
+        is_cached = is_kind & (torch.arange(types.shape[1]) < past)
+        cached_flags = is_cached[is_kind].split(num_tokens.tolist())
+        if any(flags.any() and not flags.all() for flags in cached_flags):
+            raise ValueError(f"`past_key_values` ends inside an image or a video, after {past} tokens")
+        is_new = torch.tensor([not flags.any() for flags in cached_flags])
+        if is_new.all():
+            continue
+        kept[grid_name] = grid[is_new.to(grid.device)] if is_new.any() else None
+        new_pixels = inputs[pixels][is_new.repeat_interleave(num_patches).to(inputs[pixels].device)]
+        kept[pixels] = new_pixels if is_new.any() else None
+    return kept
+
+
+def _save_kernel_folder(directory: str | Path) -> None:
+    """Write `nsa_kernels/` into a saved model, and remove the flat copies that transformers makes of its files."""
+    source, target = Path(__file__).parent / "nsa_kernels", Path(directory) / "nsa_kernels"
+    if target.exists() and source.samefile(target):
+        return
+    contents = {f"{name}.py": (source / f"{name}.py").read_bytes() for name in _KERNEL_NAMES}
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    (target / "__init__.py").touch()
+    for name, content in contents.items():
+        (target / name).write_bytes(content)
+        flat = Path(directory) / name
+        if flat.is_file() and flat.read_bytes() == content:
+            flat.unlink()
+
+
+# Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load
+# for the classes it knows.
+for _name, _parent in (
+    ("VideoNSAForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    ("VideoNSAModel", "Qwen2_5_VLModel"),
+):
+    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_parent), overwrite=True)
+
+VideoNSAForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["VideoNSAForConditionalGeneration", "VideoNSAModel", "VideoNSAPreTrainedModel", "VideoNSATextModel"]

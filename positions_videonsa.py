@@ -1,0 +1,82 @@
+"""M-RoPE positions as Qwen2.5-VL was trained with them (modeling code of transformers 4.49 to 4.57)."""
+
+import torch
+
+_GRID_NAMES = {1: "`image_grid_thw`", 2: "`video_grid_thw`"}
+
+
+def mrope_position_ids(
+    mm_token_type_ids: torch.Tensor,
+    image_grid_thw: torch.Tensor | None = None,
+    video_grid_thw: torch.Tensor | None = None,
+    second_per_grid_ts: torch.Tensor | list[float] | None = None,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    spatial_merge_size: int,
+    tokens_per_second: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Temporal, height and width position of every token.
+
+    Text advances all three by one. The tokens of an image or a video lie on its grid, offset by the position that its
+    first text successor would have had; temporal step k is at floor(k * second_per_grid_ts * tokens_per_second). Text
+    after it starts at **the largest of its positions + 1**. (transformers 5 starts it at the offset plus the larger
+    of height and width instead, which for a long video lies inside the video's own temporal range.)
+
+    Args:
+        mm_token_type_ids: (batch, seq_len); 0 text, 1 image, 2 video.
+        image_grid_thw, video_grid_thw: (num_images, 3) and (num_videos, 3), in patches before merging, over the batch.
+        second_per_grid_ts: (num_videos,), seconds between two temporal grid steps; 1 where missing.
+        attention_mask: (batch, seq_len); padding, where it is 0, gets position 0 and is not counted.
+        spatial_merge_size: patches along each side of a token.
+        tokens_per_second: temporal positions per second.
+    Returns:
+        position_ids: (3, batch, seq_len), int64.
+        rope_deltas: (batch, 1), int64: the next position minus the number of tokens so far.
+    Raises:
+        ValueError: the grids describe fewer or more tokens than there are.
+    """
+    device = mm_token_type_ids.device
+    grids = {kind: _to_list(grid) for kind, grid in ((1, image_grid_thw), (2, video_grid_thw))}
+    seconds = [1.0] * len(grids[2]) if second_per_grid_ts is None else _to_list(second_per_grid_ts)
+    num_used = {1: 0, 2: 0}
+    types = mm_token_type_ids.cpu()
+    is_valid = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
+    position_ids = torch.zeros(3, *types.shape, dtype=torch.long)
+    rope_deltas = torch.zeros(types.shape[0], 1, dtype=torch.long)
+
+    for sample in range(types.shape[0]):
+        sample_types = types[sample, is_valid[sample]]
+        parts, next_position = [torch.empty(3, 0, dtype=torch.long)], 0
+        changes = (sample_types.diff() != 0).nonzero().squeeze(-1) + 1
+        for run in torch.tensor_split(sample_types, changes) if len(sample_types) else ():
+            kind, num_left = int(run[0]), len(run)
+            if kind == 0:
+                parts.append(torch.arange(num_left).expand(3, -1) + next_position)
+                next_position += num_left
+                continue
+            while num_left > 0:  # images without text between them form one run
+                if num_used[kind] == len(grids[kind]):
+                    raise ValueError(f"{_GRID_NAMES[kind]} = {grids[kind]} describes fewer tokens than the prompt has")
+                t, h, w = grids[kind][num_used[kind]]
+                interval = seconds[num_used[kind]] * tokens_per_second if kind == 2 else 1
+                num_used[kind] += 1
+                grid = _grid_positions(t, h // spatial_merge_size, w // spatial_merge_size, interval) + next_position
+                parts.append(grid)
+                next_position = int(grid.max()) + 1
+                num_left -= grid.shape[1]
+            if num_left < 0:
+                raise ValueError(f"{_GRID_NAMES[kind]} = {grids[kind]} describes more tokens than the prompt has")
+        position_ids[:, sample, is_valid[sample]] = torch.cat(parts, dim=1)
+        rope_deltas[sample] = next_position - len(sample_types)
+    return position_ids.to(device), rope_deltas.to(device)
+
+
+def _to_list(values: torch.Tensor | list | None) -> list:
+    return [] if values is None else torch.as_tensor(values).tolist()
+
+
+def _grid_positions(t: int, h: int, w: int, interval: float) -> torch.Tensor:
+    """(3, t * h * w) positions of a grid whose corner is 0; `interval` temporal positions lie between two steps."""
+    # In float32, as the training code: 10 steps of 0.7 make 7 there, and less than 7 in float64.
+    temporal = (torch.arange(t, dtype=torch.float32) * interval).floor().long()
+    return torch.stack(torch.meshgrid(temporal, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)
