@@ -270,6 +270,10 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             **kwargs,
         )
 
+    def token_types(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """0 for text, 1 for image, 2 for video tokens, by their placeholders."""
+        return (input_ids == self.config.image_token_id) + 2 * (input_ids == self.config.video_token_id)
+
     def _resolve_token_types(self, input_ids, inputs_embeds, token_types, past_key_values, kwargs):
         """Types of all cached and new tokens, or `None` where the new ones are known to be text; and the cache length.
 
@@ -290,7 +294,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 raise ValueError(
                     "`mm_token_type_ids` is needed with `inputs_embeds`: 0 for text, 1 for image, 2 for video tokens"
                 )
-            token_types = (input_ids == self.config.image_token_id) + 2 * (input_ids == self.config.video_token_id)
+            token_types = self.token_types(input_ids)
         if token_types.shape == (batch, past + q_len):
             return token_types, past
         if token_types.shape != (batch, q_len):
@@ -357,33 +361,31 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         second_per_grid_ts=None,
         mm_token_type_ids=None,
     ):
-        """Override: vision tokens that join a cache continue from its positions."""
-        inputs = {
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            "second_per_grid_ts": second_per_grid_ts,
-        }
-        has_grid = image_grid_thw is not None or video_grid_thw is not None
-        joins_cache = has_grid and mm_token_type_ids is not None and past_key_values is not None
-        past = int(past_key_values.get_seq_length()) if joins_cache else 0
-        if not past:
-            return super().compute_3d_position_ids(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                mm_token_type_ids=mm_token_type_ids,
-                **inputs,
+        """Override: vision tokens that join a cache continue from its positions, and a text prompt starts at zero."""
+        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if mm_token_type_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
+            new_mask = None if attention_mask is None else attention_mask[:, past:]
+            position_ids, deltas = self.get_rope_index(
+                input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, new_mask
             )
-        if input_ids is None:
-            raise ValueError("`position_ids` is needed where vision tokens given as `inputs_embeds` join a cache")
-        cached, new_mask = past, None
-        if attention_mask is not None:
-            cached, new_mask = attention_mask[:, :past].sum(-1, keepdim=True), attention_mask[:, past:]
-        position_ids, deltas = self.get_rope_index(input_ids, mm_token_type_ids, attention_mask=new_mask, **inputs)
-        old_deltas = 0 if self.rope_deltas is None else self.rope_deltas.to(deltas.device)
-        self.rope_deltas = old_deltas + deltas
-        return position_ids + cached + old_deltas
+            cached = past if attention_mask is None else attention_mask[:, :past].sum(-1, keepdim=True)
+            # A text prompt, which leaves no deltas behind, has counted its padding.
+            old_deltas = self.rope_deltas if past and self.rope_deltas is not None else past - cached
+            self.rope_deltas = deltas + old_deltas
+            return position_ids + cached + old_deltas
+        if not past:
+            self.rope_deltas = None  # an earlier prompt's
+            return None
+        position_ids = super().compute_3d_position_ids(
+            input_ids=input_ids,
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        # transformers counts from the whole mask where there is one; only the new tokens are asked for.
+        return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
 
 
 class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
@@ -431,15 +433,15 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         types = model_kwargs.get("mm_token_type_ids")
-        has_grid = any(model_kwargs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw"))
-        if types is not None and has_grid:
+        if any(model_kwargs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw")):
+            if types is None and inputs_tensor.ndim == 2:
+                types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
             if inputs_tensor.ndim == 2 and types.shape != inputs_tensor.shape:
                 raise ValueError(
                     f"`mm_token_type_ids` must have the shape of `input_ids`, {tuple(inputs_tensor.shape)}, got "
                     f"{tuple(types.shape)}; `generate` on a kept cache takes the whole conversation"
                 )
-            # Whatever an earlier prompt left behind must not become this prompt's position.
-            self.model.rope_deltas = None
+            self.model.rope_deltas = None  # an earlier prompt's
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
@@ -447,7 +449,7 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and types is not None:
-            model_kwargs.update(_drop_cached_media(model_kwargs, types, past, self.model.visual.spatial_merge_size))
+            _drop_cached_media_(model_kwargs, types, past, self.model.visual.spatial_merge_size)
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
@@ -468,34 +470,30 @@ def _is_empty(cache) -> bool:
     return not cache.is_compileable and cache.get_seq_length() == 0
 
 
-def _drop_cached_media(inputs: dict, types: torch.Tensor, past: int, spatial_merge_size: int) -> dict:
-    """The pixel inputs of those images and videos whose tokens are not among the first `past` ones.
+def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_merge_size: int) -> None:
+    """Take the pixels and grids of those images and videos out of `inputs` whose tokens are among the first `past`.
 
     Raises:
         ValueError: an image or a video lies across the end of the cache.
     """
-    kept = {}
     media = ((1, "pixel_values", "image_grid_thw"), (2, "pixel_values_videos", "video_grid_thw"))
-    for kind, pixels, grid_name in media:
-        grid = inputs.get(grid_name)
-        if grid is None or inputs.get(pixels) is None:
+    for kind, pixels_name, grid_name in media:
+        pixels, grid = inputs.get(pixels_name), inputs.get(grid_name)
+        if pixels is None or grid is None:
             continue
         num_patches = grid.prod(-1).cpu()
-        num_tokens = num_patches // spatial_merge_size**2
-        # Media are ordered by sample: where each begins and ends among the tokens of its kind, and how many of those
-        # are cached, is all there is to compare.
+        # Media and their tokens come in the same order, so cutting the tokens into lengths gives each medium its own.
         is_kind = (types == kind).cpu()
-        is_cached = is_kind & (torch.arange(types.shape[1]) < past)
-        cached_flags = is_cached[is_kind].split(num_tokens.tolist())
-        if any(flags.any() and not flags.all() for flags in cached_flags):
+        is_cached = (is_kind & (torch.arange(types.shape[1]) < past))[is_kind]
+        is_cached = is_cached.split((num_patches // spatial_merge_size**2).tolist())
+        if any(flags.any() and not flags.all() for flags in is_cached):
             raise ValueError(f"`past_key_values` ends inside an image or a video, after {past} tokens")
-        is_new = torch.tensor([not flags.any() for flags in cached_flags])
-        if is_new.all():
-            continue
-        kept[grid_name] = grid[is_new.to(grid.device)] if is_new.any() else None
-        new_pixels = inputs[pixels][is_new.repeat_interleave(num_patches).to(inputs[pixels].device)]
-        kept[pixels] = new_pixels if is_new.any() else None
-    return kept
+        is_new = torch.tensor([not flags.any() for flags in is_cached])
+        if is_new.any():
+            inputs[grid_name] = grid[is_new.to(grid.device)]
+            inputs[pixels_name] = pixels[is_new.repeat_interleave(num_patches).to(pixels.device)]
+        else:
+            del inputs[grid_name], inputs[pixels_name]
 
 
 def _save_kernel_folder(directory: str | Path) -> None:

@@ -1,0 +1,122 @@
+"""Shared fixtures: a tiny model with gates that matter, and prompts written as layouts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "demo"))
+
+from tiny_checkpoint import tiny_config, tiny_tokenizer  # noqa: E402
+
+from configuration_videonsa import VideoNSAConfig  # noqa: E402
+from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def build_config(**nsa_fields) -> VideoNSAConfig:
+    """The tiny configuration with blocks and windows so small that a video of 30 tokens is long."""
+    qwen = tiny_config(tiny_tokenizer()).to_dict()
+    for part in (qwen, qwen["text_config"]):
+        for key in ("model_type", "architectures", "transformers_version"):
+            part.pop(key, None)
+    return VideoNSAConfig(**qwen, **({"block_size": 4, "block_counts": 2, "window_size": 5} | nsa_fields))
+
+
+def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", **nsa_fields):
+    """A random tiny model. Its weights are wide and its gates differ, so that every attention error shows."""
+    config = build_config(**nsa_fields)
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = VideoNSAForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+            else:
+                torch.nn.init.normal_(parameter, mean=float(parameter.mean() > 0.5), std=0.1)
+    # No end-of-sequence token: every generation has the length it was asked for.
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
+class Prompts:
+    """Builds model inputs from layouts such as `[5, ("video", 4, 4, 4), 3]`.
+
+    A number is that many random text tokens; `("video", t, h, w)` and `("image", h, w)` are grids in patches (`h` and
+    `w` even), of `t * h * w / 4` tokens.
+    """
+
+    def __init__(self, config: VideoNSAConfig, dtype=torch.float64):
+        self.config, self.dtype = config, dtype
+
+    def one(self, layout: list, seed: int = 0, seconds_per_grid: float = 1.0) -> dict:
+        generator = torch.Generator().manual_seed(seed)
+        ids, types = [], []
+        inputs = {"pixel_values": [], "pixel_values_videos": [], "image_grid_thw": [], "video_grid_thw": []}
+        for part in layout:
+            if isinstance(part, int):
+                ids.append(torch.randint(0, 250, (part,), generator=generator))
+                types.append(torch.zeros(part, dtype=torch.long))
+                continue
+            kind, *grid = part
+            grid = [1, *grid] if kind == "image" else grid
+            num_patches = grid[0] * grid[1] * grid[2]
+            token, number = (self.config.image_token_id, 1) if kind == "image" else (self.config.video_token_id, 2)
+            ids.append(torch.full((num_patches // 4,), token))
+            types.append(torch.full((num_patches // 4,), number))
+            pixels = torch.randn(num_patches, 3 * 2 * 14 * 14, generator=generator, dtype=torch.float64)
+            inputs["pixel_values" if kind == "image" else "pixel_values_videos"].append(pixels.to(self.dtype))
+            inputs[f"{kind}_grid_thw"].append(grid)
+        result = {
+            "input_ids": torch.cat(ids)[None],
+            "mm_token_type_ids": torch.cat(types)[None],
+            "attention_mask": torch.ones(1, sum(map(len, ids)), dtype=torch.long),
+        }
+        for key in ("pixel_values", "pixel_values_videos"):
+            if inputs[key]:
+                result[key] = torch.cat(inputs[key])
+        for key in ("image_grid_thw", "video_grid_thw"):
+            if inputs[key]:
+                result[key] = torch.tensor(inputs[key])
+        if inputs["video_grid_thw"]:
+            result["second_per_grid_ts"] = torch.full((len(inputs["video_grid_thw"]),), seconds_per_grid)
+        return result
+
+    @staticmethod
+    def batch(prompts: list[dict], side: str = "left", pad_token_id: int = 256) -> dict:
+        """Pad prompts to one length and stack them."""
+        length = max(prompt["input_ids"].shape[1] for prompt in prompts)
+        result = {}
+        for key, fill in (("input_ids", pad_token_id), ("mm_token_type_ids", 0), ("attention_mask", 0)):
+            rows = []
+            for prompt in prompts:
+                missing = length - prompt[key].shape[1]
+                pad = (missing, 0) if side == "left" else (0, missing)
+                rows.append(torch.nn.functional.pad(prompt[key], pad, value=fill))
+            result[key] = torch.cat(rows)
+        for key in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+            parts = [prompt[key] for prompt in prompts if key in prompt]
+            if parts:
+                result[key] = torch.cat(parts)
+        return result
+
+
+@pytest.fixture(scope="session")
+def prompts() -> Prompts:
+    return Prompts(build_config())
+
+
+@pytest.fixture
+def model():
+    return build_model()

@@ -1,0 +1,210 @@
+"""`generate` and kept caches: every way to run the same prompt gives the same tokens and logits."""
+
+import pytest
+import torch
+from conftest import build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+
+LAYOUT = [5, ("video", 6, 4, 4), 3, ("image", 4, 4), 7]
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def greedy_model():
+    return build_model()
+
+
+@pytest.fixture(scope="module")
+def batch(prompts):
+    return prompts.batch(
+        [prompts.one(LAYOUT), prompts.one([2, ("video", 4, 4, 6), 30], seed=1), prompts.one([9], seed=2)]
+    )
+
+
+def generate(model, inputs, **options):
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False} | options
+    return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
+
+
+@pytest.fixture(scope="module")
+def expected(greedy_model, batch):
+    return generate(greedy_model, batch, use_cache=False)
+
+
+def assert_same(output, expected):
+    assert torch.equal(output.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-8, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 1},
+        {"prefill_chunk_size": 7},
+        {"prefill_chunk_size": 20},
+        {"prefill_chunk_size": 7, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_caches_and_chunks_change_nothing(greedy_model, batch, expected, options):
+    assert_same(generate(greedy_model, batch, **options), expected)
+
+
+def test_batch_equals_singles(greedy_model, prompts, batch, expected):
+    for sample, single in enumerate([prompts.one(LAYOUT), prompts.one([2, ("video", 4, 4, 6), 30], seed=1)]):
+        output = generate(greedy_model, single)
+        length = batch["input_ids"].shape[1]
+        assert torch.equal(output.sequences[0, -NEW_TOKENS:], expected.sequences[sample, length:])
+
+
+def test_token_types_may_be_left_out(greedy_model, batch, expected):
+    without = {key: value for key, value in batch.items() if key != "mm_token_type_ids"}
+    assert_same(generate(greedy_model, without), expected)
+
+
+def test_num_return_sequences(greedy_model, prompts):
+    single = prompts.one(LAYOUT)
+    torch.manual_seed(0)
+    several = greedy_model.generate(**single, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    torch.manual_seed(0)
+    repeated = prompts.batch([single] * 3)
+    assert torch.equal(several, greedy_model.generate(**repeated, max_new_tokens=4, do_sample=True))
+
+
+def test_beam_search(greedy_model, batch):
+    """With and without a cache, and the best beam is at least as likely as the greedy continuation."""
+    options = {"num_beams": 3, "output_scores": True}
+    cached = generate(greedy_model, batch, **options)
+    assert torch.equal(cached.sequences, generate(greedy_model, batch, use_cache=False, **options).sequences)
+    logits = torch.stack(generate(greedy_model, batch).logits).log_softmax(-1)
+    greedy_score = logits.max(-1).values.sum(0) / NEW_TOKENS
+    assert (cached.sequences_scores >= greedy_score - 1e-9).all()
+
+
+@pytest.mark.parametrize("kind", ["assistant", "prompt lookup", "itself"])
+def test_assisted_decoding_gives_the_greedy_answer(greedy_model, prompts, kind):
+    single = prompts.one(LAYOUT)
+    options = {"prompt_lookup_num_tokens": 3} if kind == "prompt lookup" else {}
+    if kind == "assistant":
+        options["assistant_model"] = build_model(seed=1)
+    elif kind == "itself":
+        options["assistant_model"] = build_model()
+    output = greedy_model.generate(**single, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
+    assert torch.equal(output, generate(greedy_model, single).sequences)
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+def test_second_turn_with_a_new_video_on_a_kept_cache(greedy_model, prompts, cache_class):
+    first = prompts.one(LAYOUT)
+    config = greedy_model.config.text_config
+    cache = cache_class(config=config) if cache_class is DynamicCache else StaticCache(config=config, max_cache_len=160)
+    answer = generate(greedy_model, first, past_key_values=cache)
+
+    # The conversation goes on: the answer, a question, a second video, another question, all as the processor of the
+    # whole conversation would give it.
+    second = prompts.one([4, ("video", 5, 4, 4), 6, ("image", 2, 4), 3], seed=3)
+    whole = {
+        "input_ids": torch.cat([answer.sequences, second["input_ids"]], dim=1),
+        "mm_token_type_ids": torch.cat(
+            [torch.nn.functional.pad(first["mm_token_type_ids"], (0, NEW_TOKENS)), second["mm_token_type_ids"]], dim=1
+        ),
+    }
+    whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+    for key in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+        whole[key] = torch.cat([first[key], second[key]])
+
+    seen_patches = []
+    visual = greedy_model.model.visual
+    handle = visual.register_forward_pre_hook(lambda module, args: seen_patches.append(args[0].shape[0]))
+    output = generate(greedy_model, whole, past_key_values=cache)
+    handle.remove()
+    assert sorted(seen_patches) == [2 * 4, 5 * 4 * 4]  # the media in the cache were not encoded again
+    assert_same(output, generate(greedy_model, whole))
+
+    # An unrelated prompt in between leaves the conversation alone.
+    with torch.no_grad():
+        greedy_model(**prompts.one([3, ("video", 20, 4, 4), 2], seed=5))
+    third = whole | {"input_ids": torch.cat([output.sequences, second["input_ids"][:, :4]], dim=1)}
+    extra = third["input_ids"].shape[1] - whole["input_ids"].shape[1]
+    third["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, extra))
+    third["attention_mask"] = torch.ones_like(third["input_ids"])
+    assert_same(generate(greedy_model, third, past_key_values=cache), generate(greedy_model, third))
+
+
+def test_second_turn_by_plain_forward_calls(greedy_model, prompts):
+    first, second = prompts.one(LAYOUT), prompts.one([4, ("video", 30, 4, 4), 6], seed=3)
+    whole = {key: torch.cat([first[key], second[key]], 1) for key in ("input_ids", "mm_token_type_ids")}
+    for key in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+        whole[key] = torch.cat([first[key], second[key]])
+    for key in ("pixel_values", "image_grid_thw"):
+        whole[key] = first[key]
+    del first["attention_mask"], second["attention_mask"]
+    with torch.no_grad():
+        expected = greedy_model(**whole)
+        expected_next = greedy_model(input_ids=torch.tensor([[7]]), past_key_values=expected.past_key_values)
+        cache = greedy_model(**first).past_key_values
+        output = greedy_model(**(second | {"mm_token_type_ids": whole["mm_token_type_ids"]}), past_key_values=cache)
+        output_next = greedy_model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    length = second["input_ids"].shape[1]
+    torch.testing.assert_close(output.logits, expected.logits[:, -length:], atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(output_next.logits, expected_next.logits, atol=1e-9, rtol=1e-9)
+
+
+def test_a_cache_that_ends_inside_a_video_is_refused_with_its_pixels(greedy_model, prompts):
+    whole = prompts.one(LAYOUT)
+    with torch.no_grad():
+        cache = greedy_model(
+            input_ids=whole["input_ids"][:, :9], mm_token_type_ids=torch.zeros(1, 9).long()
+        ).past_key_values
+    with pytest.raises(ValueError, match="`past_key_values` ends inside"):
+        generate(greedy_model, whole, past_key_values=cache)
+
+
+class CountSynchronisations(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_to_copy.host")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def test_decoding_steps_never_look_at_the_tokens(prompts, monkeypatch, cache_implementation):
+    """Of the whole decoding step, from its inputs' preparation to its logits, nothing is read back to the host."""
+    model = build_model()
+    counts, host_reads = [], []
+    for name in ("cpu", "tolist", "item", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *args, _f=original, _n=name: host_reads.append(_n) or _f(self, *args)
+        )
+    forward, prepare = type(model).forward, type(model).prepare_inputs_for_generation
+
+    def counted(function):
+        def run(self, *args, **kwargs):
+            before = len(host_reads)
+            with CountSynchronisations() as synchronisations:
+                result = function(self, *args, **kwargs)
+            counts.append((function.__name__, synchronisations.count, host_reads[before:]))
+            return result
+
+        run.__signature__ = __import__("inspect").signature(function)
+        return run
+
+    monkeypatch.setattr(type(model), "forward", counted(forward))
+    monkeypatch.setattr(type(model), "prepare_inputs_for_generation", counted(prepare))
+    options = {"cache_implementation": "static"} if cache_implementation == "static" else {}
+    model.generate(**prompts.one(LAYOUT), max_new_tokens=4, do_sample=False, **options)
+    prefill, decoding = counts[:2], counts[2:]
+    assert prefill[1][1] > 0 or prefill[1][2], "the counter sees the prefill's synchronisation"
+    assert len(decoding) == 6
+    assert [count for count in decoding if count[1] or count[2]] == []

@@ -1,0 +1,404 @@
+"""The model's forward pass: routing, packing, dense mode, precisions, gradients."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ROOT, Prompts, build_config, build_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
+
+import modeling_videonsa
+from modeling_videonsa import VideoNSAAttention
+from nsa_kernels import reference, utils
+from nsa_kernels.routing import VisionRouting
+
+VIDEO = ("video", 10, 4, 4)  # 40 tokens, 10 blocks of 4: far more than the 2 that a token selects
+LAYOUTS = {
+    "text-video-text": [5, VIDEO, 7],
+    "video first": [VIDEO, 7],
+    "video last": [5, VIDEO],
+    "video only": [VIDEO],
+    "one-token texts": [1, VIDEO, 1, VIDEO, 1],
+    "images and videos": [3, ("image", 4, 6), 2, VIDEO, 4, ("video", 3, 4, 8), 1, ("image", 2, 2), 9],
+    "adjacent images": [3, ("image", 4, 4), ("image", 8, 4), 5],
+}
+
+
+def oracle_attention(self, hidden_states, position_embeddings, token_types, **kwargs):
+    """semantics of one layer for one unpadded sample, row by row and without any of the routing code."""
+    _, length, _ = hidden_states.shape
+    states = [
+        proj(hidden_states).view(1, length, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+    ]
+    q, k, v = (x.transpose(1, 2) for x in states)
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # [length, heads, head_dim]
+    group = q.shape[1] // k.shape[1]
+    output = torch.zeros_like(q)
+    for row in range(length):
+        if token_types[row] == 0:
+            for head in range(q.shape[1]):
+                scores = k[: row + 1, head // group] @ q[row, head] * self.scaling
+                output[row, head] = scores.softmax(0) @ v[: row + 1, head // group]
+    vision = [row for row in range(length) if token_types[row] != 0]
+    hidden = torch.nn.functional.gelu(hidden_states[0, vision] @ self.g_proj_1.weight.T + self.g_proj_1.bias)
+    logits = (hidden @ self.g_proj_2.weight.T + self.g_proj_2.bias).view(len(vision), q.shape[1], 3)
+    gates = torch.sigmoid(logits / self.config.gate_temperature)
+    lengths = utils.SequenceLengths.from_lengths([len(vision)])
+    output[vision] = reference.nsa_attention_ref(
+        *(x[vision] for x in (q, k, v)), *gates.unbind(-1), lengths,
+        self.config.block_size, self.config.block_counts, self.config.window_size, self.scaling,
+    )  # fmt: skip
+    return self.o_proj(output.flatten(1))[None], None
+
+
+@torch.no_grad()
+def oracle_logits(model, inputs, monkeypatch):
+    types = inputs["mm_token_type_ids"][0].tolist()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            VideoNSAAttention, "forward", lambda self, **kwargs: oracle_attention(self, token_types=types, **kwargs)
+        )
+        return model(**inputs).logits
+
+
+def qwen_twin(model):
+    """transformers' own Qwen2.5-VL with the weights of `model`."""
+    config = model.config.to_dict()
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("model_type", None)
+    twin = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).to(model.dtype).eval()
+    twin.set_attn_implementation(model.config._attn_implementation)
+    twin.generation_config = copy.deepcopy(model.generation_config)
+    missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and all(".g_proj_" in key for key in unexpected)
+    return twin
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_sparse_forward_follows_the_specification(model, prompts, layout, monkeypatch):
+    inputs = prompts.one(layout)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    torch.testing.assert_close(logits, oracle_logits(model, inputs, monkeypatch), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_equals_singles(model, prompts, side):
+    singles = [prompts.one(layout, seed) for seed, layout in enumerate([*LAYOUTS.values(), [6]])]
+    batch = prompts.batch(singles, side)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for sample, single in enumerate(singles):
+            expected = model(**single).logits[0]
+            torch.testing.assert_close(
+                logits[sample, batch["attention_mask"][sample].bool()], expected, atol=1e-9, rtol=1e-9
+            )
+
+
+def test_padding_between_tokens(model, prompts):
+    """Holes in the mask, as a batched second turn leaves them, are no tokens."""
+    single = prompts.one([5, VIDEO, 7])
+    keep = torch.ones(single["input_ids"].shape[1] + 4, dtype=torch.bool)
+    keep[[0, 3, 20, 49]] = False
+    padded = dict(single)
+    for key, fill in (("input_ids", 256), ("mm_token_type_ids", 0), ("attention_mask", 0)):
+        padded[key] = torch.full((1, len(keep)), fill)
+        padded[key][:, keep] = single[key]
+    with torch.no_grad():
+        # The vision tower's features are scattered by token id, so the holes may be anywhere.
+        torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+
+
+def test_token_types_are_read_off_the_input_ids(model, prompts):
+    inputs = prompts.one(LAYOUTS["images and videos"])
+    inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        del inputs["mm_token_type_ids"]
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dense_mode_is_qwen_to_the_last_bit(prompts, attn_implementation, dtype):
+    model = build_model(dtype, attn_implementation=attn_implementation, nsa_mode="dense")
+    twin = qwen_twin(model)
+    singles = [prompts.one(layout, seed) for seed, layout in enumerate(LAYOUTS.values())]
+    inputs = prompts.batch(singles)
+    position_ids, deltas = model.model.get_rope_index(**inputs)
+    step = torch.randint(0, 250, (len(singles), 1))
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    step_positions = (mask.sum(-1, keepdim=True) - 1 + deltas).expand(3, -1, 1)
+    with torch.no_grad():
+        outputs = [m(**inputs, position_ids=position_ids) for m in (model, twin)]
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+        steps = [
+            m(
+                input_ids=step,
+                attention_mask=mask,
+                position_ids=step_positions,
+                past_key_values=output.past_key_values,
+            ).logits
+            for m, output in zip((model, twin), outputs, strict=True)
+        ]
+        assert torch.equal(*steps)
+
+
+def test_text_prompts_are_qwen_to_the_last_bit(prompts):
+    model = build_model(torch.float32)
+    inputs = prompts.batch([prompts.one([9]), prompts.one([14], seed=1)])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, qwen_twin(model)(**inputs).logits)
+
+
+def open_selection_gate(model):
+    """What `convert_weights.py --gate-init selection` writes: selection open, the other two shut."""
+    for layer in model.model.language_model.layers:
+        gate = layer.self_attn.g_proj_2
+        torch.nn.init.zeros_(gate.weight)
+        gate.bias.data.copy_(torch.tensor([-30.0, 30.0, -30.0]).repeat(gate.out_features // 3))
+
+
+def test_open_selection_gate_equals_dense_on_short_videos(prompts):
+    model = build_model(torch.float32, block_counts=10)
+    open_selection_gate(model)
+    inputs = prompts.one([VIDEO, 7])  # 40 tokens = block_counts * block_size
+    with torch.no_grad():
+        sparse = model(**inputs).logits
+        model.config.nsa_mode = "dense"
+        dense = model(**inputs).logits
+        torch.testing.assert_close(sparse[:, :40], dense[:, :40], atol=2e-5, rtol=2e-5)
+        model.config.nsa_mode, model.config.block_counts = "sparse", 9
+        assert (model(**inputs).logits - dense)[:, :40].abs().max() > 1e-3
+
+
+def test_settings_changed_on_a_loaded_model_take_effect(prompts):
+    inputs = prompts.one([3, VIDEO, 4])
+    model = build_model()
+    with torch.no_grad():
+        before = model(**inputs).logits
+        for name, value in (("block_counts", 3), ("block_size", 5), ("window_size", 2), ("gate_temperature", 1.0)):
+            setattr(model.config, name, value)
+            changed = model(**inputs).logits
+            torch.testing.assert_close(changed, build_model(**{name: value})(**inputs).logits, atol=0, rtol=0)
+            assert not torch.equal(changed, before)
+            setattr(model.config, name, getattr(build_config(), name))
+        assert torch.equal(model(**inputs).logits, before)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
+def test_dense_part_runs_on_every_attention_implementation(prompts, implementation, monkeypatch):
+    """eager for real; flash attention by its contract: no mask, causal from the bottom right."""
+
+    def flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        assert attention_mask is None and module.is_causal
+        rows, keys = query.shape[2], key.shape[2]
+        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+        mask = torch.ones(rows, keys, dtype=torch.bool).tril(keys - rows)
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+        return output.transpose(1, 2), None
+
+    inputs = prompts.batch([prompts.one(LAYOUTS["images and videos"]), prompts.one([4, VIDEO, 30], seed=1)])
+    valid = inputs["attention_mask"].bool()
+    monkeypatch.setattr(modeling_videonsa, "TEXT_ROWS_PER_CHUNK", 8)
+    model = build_model()
+    with torch.no_grad():
+        expected = model(**inputs).logits[valid]
+        if implementation == "flash_attention_2":
+            monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, implementation, flash)
+        for layer in model.model.language_model.layers:
+            monkeypatch.setattr(layer.self_attn.config, "_attn_implementation_internal", implementation)
+        tolerance = 1e-5 if implementation == "eager" else 1e-9  # transformers' eager softmax runs in float32
+        torch.testing.assert_close(model(**inputs).logits[valid], expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_errs_no_more_than_dense(prompts, dtype):
+    """Against the float64 truth, sparse attention may not lose more than twice what Qwen2.5-VL's dense one loses."""
+    inputs = prompts.one([5, ("video", 8, 4, 4), 6])
+    # All blocks selected: block choice, which rounding may flip, plays no part.
+    truth, low = build_model(block_counts=8), build_model(dtype, block_counts=8)
+    with torch.no_grad():
+        errors = {}
+        for mode in ("sparse", "dense"):
+            truth.config.nsa_mode = low.config.nsa_mode = mode
+            output = low(**inputs).logits
+            assert output.dtype == dtype
+            errors[mode] = (output.double() - truth(**inputs).logits).abs().mean()
+    assert errors["sparse"] < 2 * errors["dense"]
+
+
+def test_gradient_checkpointing_changes_no_gradient(prompts):
+    inputs = prompts.batch([prompts.one([3, VIDEO, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
+    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0] if "g_proj" in name)
+
+
+def test_gradients_equal_the_oracles(prompts, monkeypatch):
+    inputs = prompts.one([3, ("video", 4, 4, 4), 4])
+    types = inputs["mm_token_type_ids"][0].tolist()
+    gradients = []
+    for patched in (False, True):
+        model = build_model()
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(
+                    VideoNSAAttention,
+                    "forward",
+                    lambda self, **kwargs: oracle_attention(self, token_types=types, **kwargs),
+                )
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-7)
+
+
+def test_lora_trains_saves_and_reloads(prompts, tmp_path):
+    peft = pytest.importorskip("peft")
+    inputs = prompts.one([3, VIDEO, 4])
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj", "g_proj_1", "g_proj_2"], r=4, init_lora_weights=False)
+    model = peft.get_peft_model(build_model().train(), lora)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(4):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.eval().save_pretrained(tmp_path)
+    reloaded = peft.PeftModel.from_pretrained(build_model(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(**inputs).logits, model(**inputs).logits, atol=1e-9, rtol=1e-9)
+
+
+def test_layers_offloaded_by_accelerate(prompts, tmp_path):
+    """`device_map` with offloading moves every layer argument through accelerate's hooks, the routing included."""
+    model = build_model(torch.float32)
+    model.save_pretrained(tmp_path / "model")
+    resident = ["visual", *(f"language_model.{name}" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb"))]
+    device_map = {f"model.{name}": "cpu" for name in resident}
+    device_map |= {"model.language_model.layers.1": "disk", "lm_head": "cpu"}
+    offloaded = type(model).from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    inputs = prompts.one([3, VIDEO, 4])
+    with torch.no_grad():
+        assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_no_tensor_of_sequence_length_squared(prompts):
+    model = build_model(torch.float32)
+    inputs = prompts.batch([prompts.one([600, ("video", 300, 4, 4), 900]), prompts.one([900, VIDEO, 9], seed=1)])
+    length = inputs["input_ids"].shape[1]
+    position_ids, _ = model.model.get_rope_index(**inputs)
+    types, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
+    with torch.no_grad(), LargestTensor() as largest:
+        model(
+            inputs_embeds=model.get_input_embeddings()(inputs["input_ids"]),
+            position_ids=position_ids,
+            mm_token_type_ids=types,
+            attention_mask=mask,
+            logits_to_keep=1,
+        )
+    assert largest.numel <= modeling_videonsa.TEXT_ROWS_PER_CHUNK * length  # the mask of one chunk of text rows
+
+
+def test_routing_is_built_once_for_all_layers(model, prompts, monkeypatch):
+    calls = []
+    build = VisionRouting.build.__func__
+    monkeypatch.setattr(VisionRouting, "build", classmethod(lambda cls, *args: calls.append(1) or build(cls, *args)))
+    with torch.no_grad():
+        model(**prompts.one([3, VIDEO, 4]))
+    assert len(calls) == 1 and model.config.text_config.num_hidden_layers > 1
+
+
+def test_output_attentions_is_refused_or_right(prompts):
+    model = build_model(attn_implementation="eager")
+    inputs = prompts.one([3, VIDEO, 4])
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(**inputs, output_attentions=True)
+    model.config.nsa_mode = "dense"
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    assert len(attentions) == 2
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(1, 4, 47, dtype=torch.float64))
+
+
+def test_output_hidden_states(model, prompts):
+    with torch.no_grad():
+        assert len(model(**prompts.one([3, VIDEO, 4]), output_hidden_states=True).hidden_states) == 3
+
+
+def test_wrong_inputs_are_named(model, prompts):
+    inputs = prompts.one([3, VIDEO, 4])
+    with pytest.raises(ValueError, match=r"`mm_token_type_ids` must have shape .*\(1, 47\).*got \(1, 46\)"):
+        model(**(inputs | {"mm_token_type_ids": inputs["mm_token_type_ids"][:, 1:]}))
+    with pytest.raises(ValueError, match="`attention_mask` must be 2D"):
+        model(**(inputs | {"attention_mask": torch.ones(1, 1, 47, 47)}))
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    with pytest.raises(ValueError, match="`mm_token_type_ids` is needed"):
+        model(inputs_embeds=embeds)
+    packed = torch.arange(47).remainder(20).expand(4, 1, 47)
+    with pytest.raises(ValueError, match="`position_ids` packs several samples"):
+        model(**(inputs | {"attention_mask": None, "position_ids": packed}))
+    model.config.text_config._attn_implementation = "sdpa"
+    with torch.no_grad():
+        cache = model(input_ids=torch.arange(5)[None]).past_key_values
+    with pytest.raises(ValueError, match="`mm_token_type_ids` must cover the 5 cached tokens"):
+        model(**inputs, past_key_values=cache)
+
+
+def test_the_repository_root_is_the_7b_model():
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True)
+    text = config.text_config
+    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads) == (28, 28, 4)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, trust_remote_code=True)
+    gates = sum(p.numel() for name, p in model.named_parameters() if ".g_proj_" in name)
+    total = sum(p.numel() for p in model.parameters())
+    # 8.29 B parameters of Qwen2.5-VL-7B, and two linear layers with bias in each of the 28 layers
+    assert gates == 28 * (3584 * 3584 + 3584 + 3584 * 84 + 84)
+    assert total - gates == 8_292_166_656
+    assert model.can_generate()
+
+
+def test_every_kernel_file_is_declared():
+    files = {path.stem for path in (ROOT / "nsa_kernels").glob("*.py")} - {"__init__"}
+    assert files == set(modeling_videonsa._KERNEL_NAMES)
+    assert (ROOT / "nsa_kernels/__init__.py").read_text() == ""
+
+
+def test_prompts_helper_pads_on_the_asked_side(prompts):
+    batch = Prompts.batch([prompts.one([2]), prompts.one([4])])
+    assert batch["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]

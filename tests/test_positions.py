@@ -1,0 +1,130 @@
+"""M-RoPE positions: prefill, and that decoding continues them without a jump."""
+
+import pytest
+import torch
+from conftest import build_model
+
+from positions_videonsa import mrope_position_ids
+
+LONG_VIDEO = ("video", 40, 4, 6)  # 40 steps of 2 x 3 tokens
+
+
+def positions(types, **kwargs):
+    return mrope_position_ids(torch.tensor(types), spatial_merge_size=2, tokens_per_second=2, **kwargs)
+
+
+def test_text_counts_up():
+    position_ids, deltas = positions([[0, 0, 0, 0]])
+    assert position_ids.tolist() == [[[0, 1, 2, 3]]] * 3
+    assert deltas.tolist() == [[0]]
+
+
+def test_text_after_a_long_video_starts_after_its_largest_position():
+    types = [[0] * 3 + [2] * 240 + [0] * 4]
+    position_ids, deltas = positions(types, video_grid_thw=[[40, 4, 6]], second_per_grid_ts=[1.0])
+    t, h, w = position_ids[:, 0]
+    # start 3, one step a second, two positions a second: temporal 3, 5, ..., 81
+    assert t[3:243].tolist() == [3 + 2 * step for step in range(40) for _ in range(6)]
+    assert h[3:243].tolist() == [3 + row for _ in range(40) for row in range(2) for _ in range(3)]
+    assert w[3:243].tolist() == [3 + column for _ in range(80) for column in range(3)]
+    assert position_ids[:, 0, 243:].tolist() == [[82, 83, 84, 85]] * 3
+    assert deltas.item() == 86 - 247
+
+
+def test_text_after_a_short_wide_image_starts_after_its_width():
+    position_ids, _ = positions([[1] * 10 + [0]], image_grid_thw=[[1, 4, 10]])
+    assert position_ids[:, 0, 10].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.25, [0, 0, 1, 1]), (1 / 3, [0, 0, 1, 2]), (0.7, [0, 1, 2, 4]), (2.0, [0, 4, 8, 12])],
+)
+def test_temporal_positions_are_floored(seconds, expected):
+    position_ids, _ = positions([[2] * 4], video_grid_thw=[[4, 2, 2]], second_per_grid_ts=[seconds])
+    assert position_ids[0, 0].tolist() == expected
+
+
+def test_temporal_positions_are_computed_in_float32():
+    position_ids, _ = positions([[2] * 11], video_grid_thw=[[11, 2, 2]], second_per_grid_ts=torch.tensor([0.35]))
+    assert position_ids[0, 0, 10] == 7  # in float64, 10 * (0.35 in float32) * 2 is below 7
+
+
+def test_batches_take_their_media_in_order():
+    types = [[0, 2, 2, 0, 1, 0], [1, 1, 0, 2, 0, 0]]
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
+    types[1][:2] = [0, 1]
+    position_ids, deltas = positions(
+        types,
+        image_grid_thw=[[1, 2, 2], [1, 2, 2]],
+        video_grid_thw=[[2, 2, 2], [1, 2, 2]],
+        second_per_grid_ts=[3.0, 1.0],
+        attention_mask=mask,
+    )
+    assert position_ids[0].tolist() == [[0, 1, 7, 8, 9, 10], [0, 0, 1, 2, 3, 4]]
+    assert deltas.tolist() == [[5], [0]]
+
+
+def test_images_without_text_between():
+    position_ids, _ = positions([[1, 1, 0]], image_grid_thw=[[1, 2, 2], [1, 2, 2]])
+    assert position_ids[0].tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"video_grid_thw": [[1, 2, 2]]}, "`video_grid_thw` .* fewer tokens"),
+        ({"video_grid_thw": [[4, 2, 2]]}, "`video_grid_thw` .* more tokens"),
+        ({}, "`video_grid_thw` .* fewer tokens"),
+    ],
+)
+def test_grids_that_do_not_fit_the_prompt(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        positions([[0, 2, 2, 2, 0]], **kwargs)
+
+
+def record_positions(model, monkeypatch) -> list:
+    """Every position that the language model is given from now on, one (3, batch, q_len) tensor a call."""
+    seen = []
+    forward = model.model.language_model.rotary_emb.forward
+
+    def spy(x, position_ids):
+        seen.append(position_ids.clone())
+        return forward(x, position_ids)
+
+    monkeypatch.setattr(model.model.language_model.rotary_emb, "forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_generation_continues_the_prompts_positions(prompts, monkeypatch, options):
+    model = build_model()
+    inputs = prompts.batch([prompts.one([3, LONG_VIDEO, 4]), prompts.one([5, LONG_VIDEO, 8], seed=1)])
+    seen = record_positions(model, monkeypatch)
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, **options)
+    assert [position_ids[:, :, -1].tolist() for position_ids in seen] == [
+        [[85 + step, 91 + step]] * 3 for step in range(4)
+    ]
+
+
+def test_a_plain_loop_over_forward_continues_the_prompts_positions(prompts, monkeypatch):
+    model = build_model()
+    inputs = prompts.batch([prompts.one([3, LONG_VIDEO, 4]), prompts.one([5, LONG_VIDEO, 8], seed=1)])
+    seen = record_positions(model, monkeypatch)
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        cache = model(**inputs).past_key_values
+        for _ in range(3):
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=cache)
+    assert [position_ids[0, :, -1].tolist() for position_ids in seen] == [[85 + step, 91 + step] for step in range(4)]
+
+
+def test_a_text_prompt_forgets_the_positions_of_the_video_before(prompts, monkeypatch):
+    model = build_model()
+    with torch.no_grad():
+        model(**prompts.one([3, LONG_VIDEO, 4]))
+        seen = record_positions(model, monkeypatch)
+        cache = model(input_ids=torch.arange(5)[None]).past_key_values
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+    assert [position_ids[0, 0].tolist() for position_ids in seen] == [[0, 1, 2, 3, 4], [5]]
