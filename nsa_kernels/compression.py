@@ -3,8 +3,8 @@
     k~_j = mean of k[jB : (j+1)B], v~_j likewise;  token t sees block j iff (j+1)B <= t+1
     p[h,t,j] = softmax_j(scale * q[t,h] . k~_j);   o[t,h] = sum_j p[h,t,j] v~_j
 
-Native Sparse Attention (arXiv:2502.11089), equations 7 to 9, with mean pooling. The probabilities are computed one tile
-of query tokens at a time by `probability_tiles`, which block choice (topk.py) shares; backward recomputes them from lse.
+Native Sparse Attention (arXiv:2502.11089), equations 7 to 9, with mean pooling. The probabilities are computed a tile
+of query tokens at a time by `probability_tiles`, shared with block choice (topk.py); backward recomputes them from lse.
 """
 
 from collections.abc import Iterator
@@ -128,7 +128,7 @@ class _CompressionFunction(torch.autograd.Function):
             for head in range(k.shape[1]):
                 k_cmp = pool_blocks(utils.kv_head(k, span, head), block_size)
                 v_cmp = pool_blocks(utils.kv_head(v, span, head), block_size)
-                for chunk, first in utils.query_chunks(span):
+                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
                     index = chunk, utils.head_slice(head, group_size)
                     o_chunk, lse_chunk = o[index], lse[index]
                     for rows, probs, tile_lse in probability_tiles(
@@ -154,7 +154,7 @@ class _CompressionFunction(torch.autograd.Function):
                 k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
                 k_cmp, v_cmp = pool_blocks(k_head, block_size), pool_blocks(v_head, block_size)
                 dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-                for chunk, first in utils.query_chunks(span):
+                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
                     index = chunk, utils.head_slice(head, group_size)
                     dq[index], _ = compression_backward(
                         q[index].to(acc), k_cmp, v_cmp, do[index].to(acc), lse[index], dk_cmp, dv_cmp,

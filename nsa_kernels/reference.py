@@ -15,6 +15,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> tuple[Tens
     return scores.softmax(-1) @ v, scores.detach().to(_lse_dtype(q)).logsumexp(-1)
 
 
+def _see_nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`_attend` without a visible key: zeros, whose gradients are zero rather than missing."""
+    return q * (k[:0].sum() + v[:0].sum()), q.new_full(q.shape[:1], -torch.inf, dtype=_lse_dtype(q))
+
+
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
@@ -26,7 +31,7 @@ def _over_tokens(q: Tensor, k: Tensor, v: Tensor, lengths, keys_of) -> tuple[Ten
     t its position in its sequence, and k_g, v_g (keys, D) that sequence's keys and values of head g.
     """
     group_size = q.shape[1] // k.shape[1]
-    o, lse = [q.new_empty(0, *q.shape[1:])], [q.new_empty(0, q.shape[1], dtype=_lse_dtype(q))]
+    o, lse = [q[:0]], [q.new_empty(0, q.shape[1], dtype=_lse_dtype(q))]
     for span in lengths.spans():
         keys, values = k[span.k_start : span.k_end], v[span.k_start : span.k_end]
         for row in range(span.q_start, span.q_end):
@@ -49,7 +54,7 @@ def compression_attention_ref(q, k, v, lengths, block_size, softmax_scale):
     def attend(row, t, g, q_tg, k_g, v_g):
         visible = (t + 1) // block_size
         if visible == 0:
-            return torch.zeros_like(q_tg), q_tg.new_full(q_tg.shape[:1], -torch.inf, dtype=_lse_dtype(q))
+            return _see_nothing(q_tg, k_g, v_g)
         return _attend(q_tg, _pool(k_g, visible, block_size), _pool(v_g, visible, block_size), softmax_scale)
 
     return _over_tokens(q, k, v, lengths, attend)
@@ -81,7 +86,7 @@ def selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax
         chosen = set(block_indices[row, g].tolist())
         positions = [s for s in range(t + 1) if s // block_size in chosen]
         if not positions:
-            return torch.zeros_like(q_tg), q_tg.new_full(q_tg.shape[:1], -torch.inf, dtype=_lse_dtype(q))
+            return _see_nothing(q_tg, k_g, v_g)
         return _attend(q_tg, k_g[positions], v_g[positions], softmax_scale)
 
     return _over_tokens(q, k, v, lengths, attend)

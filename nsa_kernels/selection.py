@@ -52,7 +52,7 @@ class Scratch:
 
 def chunk_tokens(block_counts: int, group_size: int, head_dim: int) -> int:
     """Query tokens per chunk, so that the outputs of their pairs stay within a fixed size."""
-    return min(2048, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
+    return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
 
 
 def split_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -76,7 +76,7 @@ def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     run_tiles = (run_length + tile_size - 1) // tile_size
     tile_end = run_tiles.cumsum(0)
     tile_start = tile_end - run_tiles
-    if device.type == "cpu":
+    if utils.reading_is_free(device):
         num_tiles, first_own = max(1, int(tile_end[-1])), int(tile_end[num_blocks - 1])
     else:  # an upper bound, because asking for the number would wait for the device
         num_tiles, first_own = pairs // tile_size + min(2 * num_blocks, pairs), 0
@@ -92,6 +92,11 @@ def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     return _Tiles(tile_tokens, inside, run % num_blocks, slots.masked_fill_(~counted, 0), counted, first_own)
 
 
+def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """x (tokens, group_size[, dim]), rows (tiles, tile_size) -> (tiles, tile_size * group_size, dim or 1)."""
+    return x.index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * x.shape[1], -1)
+
+
 def _score_batches(q: Tensor, k_blocks: Tensor, tiles: _Tiles, first: int, softmax_scale: float):
     """Batches of (slice of tiles, rows (tiles, tile_size), query rows, scaled scores (.., tile_size * group, B))."""
     _, group_size, head_dim = q.shape
@@ -102,7 +107,7 @@ def _score_batches(q: Tensor, k_blocks: Tensor, tiles: _Tiles, first: int, softm
     for start in range(0, num_tiles, step):
         batch = slice(start, min(start + step, num_tiles))
         rows = tiles.tokens[batch]
-        q_rows = q.index_select(0, rows.flatten()).view(-1, tile_size * group_size, head_dim)
+        q_rows = _gather_rows(q, rows)
         scores = q_rows @ k_blocks.index_select(0, tiles.blocks[batch]).mul_(softmax_scale).mT
         if batch.stop > tiles.first_own:
             key = (tiles.blocks[batch, None] * block_size + offset)[:, None, None]
@@ -185,23 +190,17 @@ def selection_backward(
     tiles = _make_tiles(block_indices, first, k_blocks.shape[1], k_blocks.shape[0])
     num_tiles, tile_size = tiles.tokens.shape
     partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
-    finite_lse = lse.masked_fill(lse.isneginf(), 0.0)
     for batch, rows, q_rows, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
-        flat = rows.flatten()
-
-        def per_row(x: Tensor, flat: Tensor = flat, tiles_in_batch: int = rows.shape[0]) -> Tensor:
-            return x.index_select(0, flat).view(tiles_in_batch, tile_size * group_size, -1)
-
         blocks = tiles.blocks[batch]
-        probs = scores.sub_(per_row(finite_lse)).exp_()
-        # Rows that hold no pair repeat token 0 of the chunk: they must not add to dk and dv.
-        probs.view(*rows.shape, -1).mul_(tiles.inside[batch, :, None])
-        do_rows = per_row(do)
+        # Rows without a pair repeat token 0 of the chunk: an infinite lse makes their probabilities 0.
+        lse_rows = _gather_rows(lse, rows).view(*rows.shape, -1).masked_fill(~tiles.inside[batch, :, None], torch.inf)
+        probs = scores.sub_(lse_rows.view(len(rows), -1, 1)).exp_()
+        do_rows = _gather_rows(do, rows)
         dscores = do_rows @ v_blocks.index_select(0, blocks).mT
         if gate is not None:
-            probs.mul_(per_row(gate))
+            probs.mul_(_gather_rows(gate, rows))
         utils.add_rows_(dv_blocks, blocks, probs.mT @ do_rows)
-        dscores = dscores.sub_(per_row(delta)).mul_(probs).mul_(softmax_scale)
+        dscores = dscores.sub_(_gather_rows(delta, rows)).mul_(probs).mul_(softmax_scale)
         utils.add_rows_(dk_blocks, blocks, dscores.mT @ q_rows)
         torch.bmm(dscores, k_blocks.index_select(0, blocks), out=partial[batch])
     weights = tiles.counted[..., None].expand(-1, -1, group_size).to(q.dtype)

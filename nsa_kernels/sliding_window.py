@@ -110,7 +110,7 @@ class _WindowFunction(torch.autograd.Function):
         for span in lengths.spans():
             for head in range(k.shape[1]):
                 k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                for chunk, first in utils.query_chunks(span):
+                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
                     index = chunk, utils.head_slice(head, group_size)
                     o[index], lse[index] = window_forward(
                         q[index].to(acc), k_head, v_head, first, window_size, softmax_scale
@@ -132,7 +132,7 @@ class _WindowFunction(torch.autograd.Function):
             for head in range(k.shape[1]):
                 k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
                 dk_head, dv_head = torch.zeros_like(k_head), torch.zeros_like(v_head)
-                for chunk, first in utils.query_chunks(span):
+                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
                     index = chunk, utils.head_slice(head, group_size)
                     dq[index], _ = window_backward(
                         q[index].to(acc), k_head, v_head, do[index].to(acc), lse[index], dk_head, dv_head,

@@ -84,7 +84,7 @@ def _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale):
     for span in lengths.spans():
         for head in range(k.shape[1]):
             k_cmp = compression.pool_blocks(utils.kv_head(k, span, head), block_size)
-            for chunk, first in utils.query_chunks(span):
+            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
                 q_chunk = q[chunk, utils.head_slice(head, group_size)].to(acc)
                 out = indices[chunk, head]
                 for rows, probs, _ in compression.probability_tiles(q_chunk, k_cmp, first, block_size, softmax_scale):

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
+# Query tokens of one sequence that are taken through a branch at a time.
+CHUNK_TOKENS = 2048
+
 # Temporaries of this many elements stay in a CPU's last-level cache; a GPU wants fewer, larger launches.
 _TILE_ELEMENTS = {"cpu": 1 << 20}
 _TILE_ELEMENTS_ACCELERATOR = 1 << 25
@@ -221,10 +224,15 @@ def kv_head(x: Tensor, span: Span, head: int) -> Tensor:
     return x[span.k_start : span.k_end, head].to(accumulate_dtype(x.dtype)).contiguous()
 
 
-def query_chunks(span: Span, size: int = 2048) -> Iterator[tuple[slice, int]]:
+def query_chunks(span: Span, size: int) -> Iterator[tuple[slice, int]]:
     """Consecutive runs of a sequence's queries: their rows of the packed q, and the position of the first of them."""
     for start in range(span.q_start, span.q_end, size):
         yield slice(start, min(start + size, span.q_end)), span.first + start - span.q_start
+
+
+def reading_is_free(device: torch.device) -> bool:
+    """Whether the host can read a number from a tensor on ``device`` without waiting for queued work."""
+    return device.type == "cpu"
 
 
 def add_rows_(target: Tensor, index: Tensor, rows: Tensor) -> None:
