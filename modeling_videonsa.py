@@ -54,6 +54,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
 # takes these lines for imports and so brings the folder along, at the same commit, locally and from the Hub.
 _KERNEL_FILES = """
 from .nsa_kernels/attention import *
+from .nsa_kernels/attention_budget import *
 from .nsa_kernels/compression import *
 from .nsa_kernels/reference import *
 from .nsa_kernels/routing import *

@@ -1,0 +1,23 @@
+# Needs Python 3.10 or later with pip and venv; everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed  ## build a tiny checkpoint, convert it, and ask it about a video
+	$(BIN)/python demo/run_demo.py $(ARGS)
+
+test: .venv/installed check  ## all tests that need no GPU
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv demo/output build *.egg-info

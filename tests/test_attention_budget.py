@@ -1,0 +1,39 @@
+"""The attention budget against a count of the pairs that the oracle's masks let through."""
+
+import pytest
+import torch
+
+from nsa_kernels.attention_budget import attention_budget
+
+
+@pytest.mark.parametrize(
+    ("block_size", "block_counts", "window_size"), [(4, 2, 5), (3, 1, 1), (8, 4, 100), (64, 32, 256)]
+)
+def test_counts_equal_the_pairs_of_the_definition(block_size, block_counts, window_size):
+    types = torch.tensor([0] * 3 + [2] * 37 + [0] * 2 + [1] * 11 + [0] * 5)
+    budget = attention_budget(types, block_size=block_size, block_counts=block_counts, window_size=window_size)
+    compression = selection = window = text = 0
+    num_vision = 0
+    for row, kind in enumerate(types.tolist()):
+        if kind == 0:
+            text += row + 1
+            continue
+        t = num_vision
+        num_vision += 1
+        compression += sum((block + 1) * block_size <= t + 1 for block in range(t + 1))
+        num_blocks = min(block_counts, t // block_size + 1)
+        selection += (num_blocks - 1) * block_size + t % block_size + 1
+        window += t - max(0, t - window_size + 1) + 1
+    assert (budget.compression, budget.selection, budget.window) == (compression, selection, window)
+    assert (budget.text, budget.dense) == (text, 58 * 59 // 2)
+    assert budget.fraction == (compression + selection + window + text) / budget.dense
+
+
+def test_text_only_is_dense():
+    assert attention_budget(torch.zeros(9)).fraction == 1
+    assert attention_budget(torch.zeros(0)).fraction == 0
+
+
+def test_batches_are_refused():
+    with pytest.raises(ValueError, match=r"`token_types` must have shape \(seq_len,\), got \(1, 9\)"):
+        attention_budget(torch.zeros(1, 9))
