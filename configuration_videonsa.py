@@ -8,6 +8,7 @@ import difflib
 import math
 from typing import Any, Literal
 
+from transformers.configuration_utils import SubConfigSpec
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLTextConfig,
@@ -165,7 +166,10 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     """
 
     model_type = "videonsa"
-    sub_configs_defaults = {"vision_config": Qwen2_5_VLVisionConfig, "text_config": VideoNSATextConfig}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=Qwen2_5_VLVisionConfig),
+        "text_config": SubConfigSpec(config_class=VideoNSATextConfig),
+    }
 
     nsa_variant = _TextField()
     nsa_mode = _TextField()

@@ -16,10 +16,12 @@ import shutil
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import initialization as init
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
@@ -452,6 +454,15 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         if past and types is not None:
             _drop_cached_media_(model_kwargs, types, past, self.model.visual.spatial_merge_size)
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        can_split_media = hasattr(generation_utils, "_slice_mm_encoder_output")  # transformers 5.23 and later
+        if generation_config.prefill_chunk_size and model_kwargs.get("mm_encoder_outputs") and not can_split_media:
+            raise ValueError(
+                f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} with images or videos needs "
+                f"transformers 5.23 or later, which splits them over the chunks; this is {transformers.__version__}"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         # The folder will hold the code, so a fine-tune's references to another repository end here.

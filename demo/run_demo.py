@@ -124,7 +124,9 @@ def main() -> None:
     load_seconds = time.perf_counter() - start
 
     frames, height, width = inputs["video_grid_thw"][0].tolist()
-    print(f"Video     {arguments.video.name}: {2 * frames} frames of {14 * width}x{14 * height} in {load_seconds:.1f} s")
+    print(
+        f"Video     {arguments.video.name}: {2 * frames} frames of {14 * width}x{14 * height} in {load_seconds:.1f} s"
+    )
     print(f"Question  {arguments.question}")
     monitor = PrefillMonitor(model)
     print("Answer    ", end="", flush=True)

@@ -5,6 +5,7 @@ import torch
 from conftest import build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
+from transformers.generation import utils as generation_utils
 
 LAYOUT = [5, ("video", 6, 4, 4), 3, ("image", 4, 4), 7]
 NEW_TOKENS = 8
@@ -50,7 +51,15 @@ def assert_same(output, expected):
     ids=str,
 )
 def test_caches_and_chunks_change_nothing(greedy_model, batch, expected, options):
+    if "prefill_chunk_size" in options and not hasattr(generation_utils, "_slice_mm_encoder_output"):
+        pytest.skip("transformers before 5.23 cannot split images and videos over chunks")
     assert_same(generate(greedy_model, batch, **options), expected)
+
+
+def test_chunked_prefill_is_refused_where_transformers_would_lose_the_video(greedy_model, batch, monkeypatch):
+    monkeypatch.delattr(generation_utils, "_slice_mm_encoder_output", raising=False)
+    with pytest.raises(ValueError, match="`prefill_chunk_size` = 7 .* needs transformers 5.23"):
+        generate(greedy_model, batch, prefill_chunk_size=7)
 
 
 def test_batch_equals_singles(greedy_model, prompts, batch, expected):
