@@ -14,7 +14,7 @@ a cast; only the gates (`self_attn.g_proj_1`, `self_attn.g_proj_2`) are new:
                            block_counts x block_size tokens this is dense attention over the vision tokens
 
 Everything is planned and checked from the headers of the source before a byte is written. Weights are streamed in
-pieces of 16 MiB, so memory depends neither on the size of the model nor on that of a shard. The result is built in
+pieces of 4 MiB, so memory depends neither on the size of the model nor on that of a shard. The result is built in
 `.<name>.partial` beside the output, `config.json` last, and renamed when it is complete and on disk: a crash at any
 point leaves no folder that looks like a checkpoint and is not one. The next run clears what a crash left.
 """

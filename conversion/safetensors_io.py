@@ -16,7 +16,7 @@ import torch
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 4 * 2**20
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
