@@ -79,6 +79,31 @@ def open_clip(request: VideoRequest, *, rate: float, every_frame: bool = False, 
     return FileClip(request.video, every_frame)
 
 
+def read_for_qwen_vl_utils(part: Mapping[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
+    """A reader in the form of `qwen_vl_utils.vision_process.VIDEO_READER_BACKENDS`.
+
+    Args:
+        part: a video of a message, with qwen-vl-utils' options.
+    Returns:
+        frames (T, 3, H, W) uint8; metadata; frames per second after sampling.
+    """
+    from qwen_vl_utils import vision_process
+
+    clip = FileClip(part["video"], every_frame=False)
+    source = clip.source
+    first, last, total = vision_process.calculate_video_frame_range(part, source.num_frames, source.fps)
+    count = vision_process.smart_nframes(part, total_frames=total, video_fps=source.fps)
+    indices = torch.linspace(first, last, count).round().long().tolist()
+    frames = clip.decode(indices, (source.height, source.width), lambda frame: frame)
+    metadata = {
+        "fps": source.fps,
+        "frames_indices": indices,
+        "total_num_frames": total,
+        "video_backend": "pyav",
+    }
+    return frames, metadata, count / total * source.fps
+
+
 def flatten_videos(videos: Any) -> Iterator[Any]:
     """Single videos out of whatever nesting; a list of images, image paths or 3D arrays is one video.
 
@@ -273,18 +298,24 @@ class FileClip:
         return _metadata_of(self.source, plan, backend="pyav")
 
     def read(self, plan: VideoPlan, resize: Resize) -> torch.Tensor:
+        return self.decode(plan.frame_indices, (plan.height, plan.width), lambda frame: resize(frame, plan))
+
+    def decode(
+        self, indices: Sequence[int], size: tuple[int, int], resize: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """The frames with these numbers, (T, 3, *size) uint8, of which one at a time is held before `resize`."""
         places: dict[int, list[int]] = {}
-        for place, index in enumerate(plan.frame_indices):
+        for place, index in enumerate(indices):
             places.setdefault(self.keys[index], []).append(place)
-        frames = torch.empty((plan.num_frames, 3, plan.height, plan.width), dtype=torch.uint8)
+        frames = torch.empty((len(indices), 3, *size), dtype=torch.uint8)
         found = 0
         for key, frame in self._decode(set(places)):
             picture = np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), self.quarter_turns))
-            frames[places[key]] = resize(torch.from_numpy(picture).permute(2, 0, 1)[None], plan)
+            frames[places[key]] = resize(torch.from_numpy(picture).permute(2, 0, 1)[None])
             found += len(places[key])
-        if found < plan.num_frames:
+        if found < len(indices):
             raise ValueError(
-                f"{self.path}: only {found} of the {plan.num_frames} frames needed can be decoded; the file is damaged"
+                f"{self.path}: only {found} of the {len(indices)} frames needed can be decoded; the file is damaged"
             )
         return frames
 
@@ -293,7 +324,7 @@ class FileClip:
         times: list[int | None] = []
         gops: list[list[int | None]] = []
         end_of_video = end_of_file = last_duration = 0.0
-        cut_packet = False
+        cut_packet = joined_late = False
         with _open(self.path) as container:
             stream = _video_stream(container, self.path)
             for packet in _packets(container, self.path):
@@ -304,6 +335,7 @@ class FileClip:
                 if packet.pts is not None:
                     end_of_video = max(end_of_video, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 cut_packet = packet.is_corrupt
+                joined_late |= not gops and not packet.is_keyframe
                 if packet.is_keyframe or not gops:
                     gops.append([])
                 if not packet.is_discard:
@@ -335,8 +367,11 @@ class FileClip:
                 raise ValueError(f"{self.path}: the file tells neither the times of its frames nor their rate")
             return rate, None
         self.keys, self.gops = sorted(times), gops
-        frame = next((frame for _, frame in self._decode({self.keys[0]})), None)
-        if frame is None:
+        key, frame = next(self._decode(None), (None, None))
+        if joined_late and frame is not None:
+            # A recording that begins inside a group of pictures: what comes before the first key frame is no loss.
+            self.keys = [later for later in self.keys if later >= key]
+        if frame is None or key != self.keys[0]:
             raise ValueError(f"{self.path}: the first frame cannot be decoded; the file is damaged")
         self._set_size(frame)
         return _rate_and_times([time * time_base for time in self.keys], rate, last_duration)
@@ -357,13 +392,13 @@ class FileClip:
         self.size = (frame.width, frame.height) if self.quarter_turns % 2 else (frame.height, frame.width)
 
     def _decode(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-        """(key, frame) of the wanted frames; of all, numbered, if `wanted` is None.
+        """(key, frame) of the wanted frames; of all if `wanted` is None.
 
         Groups of pictures without a wanted frame are read and not decoded. Frames that cannot be decoded are left
         out; the caller counts.
         """
         missing = None if wanted is None else set(wanted)
-        needed = None if self.gops is None else _needed_gops(self.gops, wanted)
+        needed = None if self.gops is None or wanted is None else _needed_gops(self.gops, wanted)
         with _open(self.path) as container:
             stream = _video_stream(container, self.path)
             stream.thread_type = "AUTO"

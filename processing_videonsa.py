@@ -7,6 +7,7 @@ Tokens, grids and timing are those of Qwen2.5-VL. What is added: the choice of f
 
 import difflib
 import inspect
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ try:
         check_positive,
         plan_videos,
     )
-    from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
+    from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -44,7 +45,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
         check_positive,
         plan_videos,
     )
-    from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
+    from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
 
 logger = logging.get_logger(__name__)
 
@@ -149,14 +150,32 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             close = difflib.get_close_matches(name, _OWN_OPTIONS, n=1, cutoff=0.85)
             if close and name not in _OWN_OPTIONS:
                 raise ValueError(f"`{name}` is not an option of {cls.__name__}; did you mean `{close[0]}`?")
+            if name in _REFUSED_OPTIONS and kwargs[name] is not None and "patch" not in name and name != "merge_size":
+                raise ValueError(f"`{name}` is not an option of {cls.__name__}: {_REFUSED_OPTIONS[name]}")
         # An explicit `fps` replaces a stored `num_frames` and the reverse.
         if kwargs.get("fps") is not None or kwargs.get("num_frames") is not None:
             processor_dict = processor_dict | {"fps": None, "num_frames": None}
         # Qwen's names, which transformers hands to both the image and the video processor.
-        for name in ("min_pixels", "max_pixels"):
-            if kwargs.get(name) is not None:
-                kwargs.setdefault(f"{name}_per_frame", kwargs[name])
+        size = kwargs.get("size") or {}
+        for name, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+            value = kwargs.get(name) or size.get(edge)
+            if value is not None:
+                kwargs.setdefault(f"{name}_per_frame", value)
         return super().from_args_and_dict(args, processor_dict, **kwargs)
+
+    @staticmethod
+    def register_qwen_vl_utils_reader() -> None:
+        """Let `qwen_vl_utils.process_vision_info` read files through PyAV, for all its users in this process.
+
+        Its own readers need decord, torchcodec, or a torchvision that still has `torchvision.io.read_video`.
+        """
+        from qwen_vl_utils import vision_process
+
+        # "torchvision" is also what it falls back to, with another error than the reader's own.
+        for name in ("pyav", "torchvision"):
+            vision_process.VIDEO_READER_BACKENDS[name] = read_for_qwen_vl_utils
+        vision_process.FORCE_QWENVL_VIDEO_READER = "pyav"
+        vision_process.get_video_reader_backend.cache_clear()
 
     def plan_video(self, video: "VideoSource | VideoInput | str | os.PathLike", **options) -> VideoPlan:
         """What a call would choose for `video` if it were alone in its prompt.
@@ -282,6 +301,37 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             outputs["video_metadata"] = metadata
             outputs["video_plans"] = plans
         return outputs
+
+    def _process_videos(self, videos: Sequence[torch.Tensor], **kwargs) -> tuple[dict[str, Any], list[str]]:
+        """Patches of resized (T, 3, H, W) videos, as in Qwen2.5-VL, but cut from a few frames at a time.
+
+        Whole videos take three times the memory of their patches, which are 2.3 GB for the default token budget.
+        """
+        metadata = kwargs.pop("video_metadata")
+        kwargs |= {"return_metadata": False, "return_tensors": "pt"}
+        patches, processor = self._patch_sizes(), self.video_processor
+        grid = [
+            [
+                math.ceil(len(frames) / patches.temporal),
+                frames.shape[2] // processor.patch_size,
+                frames.shape[3] // processor.patch_size,
+            ]
+            for frames in videos
+        ]
+        pixels, done = None, 0
+        for frames in videos:
+            for part in frames.split(32 * patches.temporal):
+                rows = processor([part], **kwargs)["pixel_values_videos"]
+                if pixels is None:
+                    pixels = rows.new_empty((sum(map(math.prod, grid)), rows.shape[1]))
+                pixels[done : done + len(rows)] = rows
+                done += len(rows)
+        processed = {
+            "pixel_values_videos": pixels,
+            "video_grid_thw": torch.tensor(grid),
+            "second_per_grid_ts": [patches.temporal / entry.sampled_fps for entry in metadata],
+        }
+        return processed, [self.replace_video_token(processed, i) for i in range(len(videos))]
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers. Options of a video (`fps`, `max_pixels`, ...) in its message apply to that video.

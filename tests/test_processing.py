@@ -318,6 +318,16 @@ def test_pixels_are_those_of_the_video_processor(processor, tmp_path):
     assert torch.equal(apply(processor, message({"type": "video", "video": frames}))["pixel_values_videos"], expected)
 
 
+def test_long_videos_are_patched_in_parts_without_a_seam(processor):
+    frames = torch.randint(0, 256, (131, 3, 28, 56), dtype=torch.uint8)
+    stock = Qwen2VLVideoProcessor(min_pixels=784, max_pixels=50176, cap_pixels_per_frame=False)
+    expected = stock([frames, frames[:3]], return_tensors="pt")
+    inputs = processor(text=VIDEO + VIDEO, videos=[frames, frames[:3]], min_pixels_per_frame=784, return_tensors="pt")
+    assert torch.equal(inputs["pixel_values_videos"], expected["pixel_values_videos"])
+    assert torch.equal(inputs["video_grid_thw"], expected["video_grid_thw"])
+    assert inputs["video_grid_thw"].tolist() == [[66, 2, 4], [2, 2, 4]]
+
+
 def test_generate_accepts_the_inputs(processor, tmp_path):
     folder = save_tiny_qwen2_5_vl(tmp_path / "model")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder).eval()
@@ -542,6 +552,29 @@ def test_a_video_that_starts_late(processor, tmp_path):
     path = numbered_video(tmp_path / "a.mkv", count=20, fps=10, times=range(50, 70))
     seen, plan = read(processor, path, fps=5)
     assert seen == list(plan.frame_indices) and len(seen) == 10 and plan.fps == pytest.approx(5.0)
+
+
+def test_a_recording_that_begins_inside_a_group_of_pictures(processor, tmp_path):
+    path = numbered_video(tmp_path / "whole.ts", options={"g": "10", "sc_threshold": "0"})
+    content = path.read_bytes()
+    packets = len(content) // 188
+    (tmp_path / "joined.ts").write_bytes(content[188 * (packets // 3) :])
+    seen, _ = read(processor, tmp_path / "joined.ts", fps=25)
+    assert seen == [*range(20, 50)]
+
+
+def test_frames_cut_away_by_an_edit_list_are_not_shown(processor, tmp_path):
+    whole = numbered_video(tmp_path / "whole.mp4", options={"bf": "2"})
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        shift = round(10 / 25 / stream.time_base)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
+                target.mux(packet)
+    seen, _ = read(processor, tmp_path / "cut.mp4", fps=25)
+    assert seen == [*range(10, 50)]
 
 
 @pytest.mark.parametrize("turns, matrix", [(1, (0, -1, 1, 0)), (2, (-1, 0, 0, -1)), (3, (0, 1, -1, 0))])
@@ -852,6 +885,26 @@ def test_batches_via_qwen_vl_utils(processor, tmp_path, qwen_reader):
     assert one["second_per_grid_ts"].tolist() == [0.5, 1.0, 1.0]  # at 1 fps two frames are below the least of 4
 
 
+def test_reader_for_qwen_vl_utils(processor, tmp_path, monkeypatch):
+    path = str(numbered_video(tmp_path / "a.mp4", count=100))
+    monkeypatch.setattr(vision_process, "VIDEO_READER_BACKENDS", dict(vision_process.VIDEO_READER_BACKENDS))
+    monkeypatch.setattr(vision_process, "FORCE_QWENVL_VIDEO_READER", None)
+    try:
+        processor.register_qwen_vl_utils_reader()
+        messages = message({"type": "video", "video": path, "fps": 5.0, "min_pixels": 3136, "max_pixels": 50176})
+        for with_metadata in (False, True):
+            ours = apply(processor, messages)
+            assert_same(via_qwen_vl_utils(processor, messages, with_metadata), ours, pixels="rounded")
+        part = {"video": path, "nframes": 6, "video_start": 1.0, "video_end": 2.0}
+        frames, metadata, rate = vision_process.VIDEO_READER_BACKENDS["pyav"](part)
+        assert numbers(frames) == metadata["frames_indices"] == [25, 30, 35, 40, 45, 50]
+        assert rate == pytest.approx(6 / 26 * 25)
+        with pytest.raises(ValueError, match="no such video file"):
+            process_vision_info(message({"type": "video", "video": "missing.mp4"}))
+    finally:
+        vision_process.get_video_reader_backend.cache_clear()
+
+
 def test_tokens_are_those_of_qwens_processor(processor, tmp_path):
     """Frames within the limits become the tokens and the grid that transformers' Qwen2.5-VL processor makes."""
     save_tiny_qwen2_5_vl(tmp_path)
@@ -889,8 +942,11 @@ def test_save_and_load(tmp_path):
     assert (again.fps, again.num_frames, again.max_pixels_per_frame) == (4, None, 50176)
     with pytest.raises(ValueError, match=r"`max_total_token` .*`max_total_tokens`"):
         VideoNSAProcessor.from_pretrained(tmp_path, max_total_token=10)
+    assert VideoNSAProcessor.from_pretrained(tmp_path, size={"longest_edge": 6272}).max_pixels_per_frame == 6272
     with pytest.raises(ValueError, match="exclude each other"):
         VideoNSAProcessor.from_pretrained(tmp_path, fps=4, num_frames=4)
+    with pytest.raises(ValueError, match="`min_frames` is not an option"):
+        VideoNSAProcessor.from_pretrained(tmp_path, min_frames=2)
 
 
 @pytest.fixture(scope="module")
