@@ -220,16 +220,21 @@ def _frames_wanted(source: VideoSource, options: VideoOptions, patches: PatchSiz
 def _size(source: VideoSource, options: VideoOptions, limit: int, patches: PatchSizes) -> tuple[int, int]:
     """(height, width) of resized frames when none may have more than `limit` pixels."""
     floor = max(options.min_pixels_per_frame, options.max_pixels_per_frame // 4)
-    try:
-        return smart_resize(
-            source.height,
-            source.width,
-            factor=patches.spatial,
-            min_pixels=options.min_pixels_per_frame,
-            max_pixels=max(floor, min(limit, options.max_pixels_per_frame)),
-        )
-    except ValueError as error:
-        raise ValueError(f"{source.name}: frames of {source.height}x{source.width} pixels: {error}") from error
+    sizes = []
+    for max_pixels in (options.max_pixels_per_frame, max(floor, min(limit, options.max_pixels_per_frame))):
+        try:
+            size = smart_resize(
+                source.height,
+                source.width,
+                factor=patches.spatial,
+                min_pixels=options.min_pixels_per_frame,
+                max_pixels=max_pixels,
+            )
+        except ValueError as error:
+            raise ValueError(f"{source.name}: frames of {source.height}x{source.width} pixels: {error}") from error
+        sizes.append(size)
+    # Frames of less than a patch can grow when the limit falls: `smart_resize` enlarges them towards it.
+    return min(sizes, key=math.prod)
 
 
 def _largest(fits: Callable[[int], bool], low: int, high: int) -> int:

@@ -246,8 +246,8 @@ def test_plans_keep_their_promises(videos, fps, pixels, budget):
     if any(plan.num_frames < plan.requested_frames for plan in plans):
         # Frames are left out only when every video is as small as it may be.
         for plan, video in zip(plans, videos, strict=True):
-            smallest = smart_resize(video.height, video.width, 28, 3136, max(3136, pixels // 4))
-            assert (plan.height, plan.width) == smallest
+            floors = [smart_resize(video.height, video.width, 28, 3136, max(3136, p)) for p in (pixels, pixels // 4)]
+            assert (plan.height, plan.width) == min(floors, key=math.prod)
 
 
 @given(
@@ -534,6 +534,15 @@ def test_groups_without_planned_frames_are_not_decoded(processor, tmp_path, monk
     from frames_videonsa import _needed_gops
 
     assert sum(_needed_gops(clip.gops, {clip.keys[0], clip.keys[199]})) == 2 < len(clip.gops) == 20
+
+
+def test_open_groups_need_the_group_before(tmp_path):
+    path = numbered_video(tmp_path / "a.mp4", **CONTAINERS["open.mp4"])
+    clip = FileClip(path, every_frame=False)
+    leading = [clip.keys.index(key) for gop in clip.gops for key in gop if key < gop[0]]
+    assert len(leading) >= 6
+    for index in leading:
+        assert numbers(clip.decode([index], (56, 224), lambda frame: frame)) == [index]
 
 
 def test_variable_frame_rate_is_sampled_by_time(processor, tmp_path):
