@@ -27,10 +27,17 @@ def build_inputs(processor) -> dict[str, torch.Tensor]:
     return dict(processor(text=[prompt], videos=[frames], return_tensors="pt"))
 
 
+def align(model):
+    """Move the weights out of the memory-mapped file, where they lie at odd addresses and BLAS may round otherwise."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 @torch.no_grad()
 def answer(model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Logits of the prompt, and the tokens of a greedy answer."""
-    model = model.eval()
+    model = align(model.eval())
     tokens = model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
     return {"logits": model(**inputs).logits, "tokens": tokens}
 
