@@ -435,17 +435,27 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         return create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Override: (4, batch, length), text and M-RoPE positions of the whole prompt, also on a kept cache."""
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
+        image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
+        if image_grid is None and video_grid is None:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
-        if any(model_kwargs.get(key) is not None for key in ("image_grid_thw", "video_grid_thw")):
-            if types is None and inputs_tensor.ndim == 2:
-                types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
-            if inputs_tensor.ndim == 2 and types.shape != inputs_tensor.shape:
-                raise ValueError(
-                    f"`mm_token_type_ids` must have the shape of `input_ids`, {tuple(inputs_tensor.shape)}, got "
-                    f"{tuple(types.shape)}; `generate` on a kept cache takes the whole conversation"
-                )
-            self.model.rope_deltas = None  # an earlier prompt's
-        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        if types is None and not inputs_tensor.is_floating_point():
+            types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
+        if types is None or types.shape != inputs_tensor.shape[:2]:
+            got = None if types is None else tuple(types.shape)
+            raise ValueError(
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; `generate` on a kept "
+                "cache takes the whole conversation"
+            )
+        text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
+            inputs_tensor, model_kwargs
+        )
+        positions, self.model.rope_deltas = self.model.get_rope_index(
+            inputs_tensor, types, image_grid, video_grid, seconds, mask
+        )
+        return torch.cat([text_positions[None], positions])
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """Override: on a kept cache, the vision tower sees the images and videos that are not in it yet."""

@@ -58,7 +58,7 @@ def test_caches_and_chunks_change_nothing(greedy_model, batch, expected, options
 
 def test_chunked_prefill_is_refused_where_transformers_would_lose_the_video(greedy_model, batch, monkeypatch):
     monkeypatch.delattr(generation_utils, "_slice_mm_encoder_output", raising=False)
-    with pytest.raises(ValueError, match="`prefill_chunk_size` = 7 .* needs transformers 5.23"):
+    with pytest.raises(ValueError, match=r"`prefill_chunk_size` = 7 .* needs transformers 5\.23"):
         generate(greedy_model, batch, prefill_chunk_size=7)
 
 
@@ -72,6 +72,26 @@ def test_batch_equals_singles(greedy_model, prompts, batch, expected):
 def test_token_types_may_be_left_out(greedy_model, batch, expected):
     without = {key: value for key, value in batch.items() if key != "mm_token_type_ids"}
     assert_same(generate(greedy_model, without), expected)
+
+
+def test_embeddings_instead_of_token_ids(greedy_model, prompts, monkeypatch):
+    single = prompts.one(LAYOUT)
+    with monkeypatch.context() as patch, torch.no_grad():
+        seen = []
+        forward = greedy_model.model.language_model.forward
+        patch.setattr(
+            greedy_model.model.language_model,
+            "forward",
+            lambda **kwargs: seen.append(kwargs["inputs_embeds"]) or forward(**kwargs),
+        )
+        greedy_model(**single)
+    dropped = ("input_ids", "pixel_values", "pixel_values_videos")
+    embeds = {key: value for key, value in single.items() if key not in dropped}
+    output, expected = generate(greedy_model, embeds | {"inputs_embeds": seen[0]}), generate(greedy_model, single)
+    assert torch.equal(output.sequences, expected.sequences[:, -NEW_TOKENS:])
+    torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-8, rtol=1e-8)
+    with pytest.raises(ValueError, match=r"`mm_token_type_ids` must have shape \(1, \d+\), got None"):
+        generate(greedy_model, {"inputs_embeds": seen[0], "video_grid_thw": single["video_grid_thw"]})
 
 
 def test_num_return_sequences(greedy_model, prompts):
