@@ -446,8 +446,8 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         if types is None or types.shape != inputs_tensor.shape[:2]:
             got = None if types is None else tuple(types.shape)
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; `generate` on a kept "
-                "cache takes the whole conversation"
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; on a kept cache "
+                "`generate` takes the whole conversation"
             )
         text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
