@@ -64,7 +64,7 @@ def make_tiny_checkpoint() -> Path:
 
 
 class PrefillMonitor:
-    """Watches the first pass through the model: a progress bar over its layers, the mean gates, the seconds."""
+    """Watches the pass over the prompt: a progress bar over the layers, the mean gates, when it ends."""
 
     def __init__(self, model):
         layers = model.model.language_model.layers
@@ -87,6 +87,7 @@ class PrefillMonitor:
     def close(self):
         self.end = time.perf_counter()
         self.bar.close()
+        print("Answer    ", end="", flush=True)
         for handle in self.handles:
             handle.remove()
 
@@ -129,7 +130,6 @@ def main() -> None:
     )
     print(f"Question  {arguments.question}")
     monitor = PrefillMonitor(model)
-    print("Answer    ", end="", flush=True)
     streamer = CountingStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
         model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False, streamer=streamer)
