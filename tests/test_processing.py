@@ -798,7 +798,7 @@ def test_frames_are_taken_as_sampled_unless_told_otherwise(processor):
         (["a.png", "b.png"], "frame a.png cannot be read"),
         (17, "got int"),
     ],
-    ids=str,
+    ids=["none", "empty", "four channels", "three rows", "two axes", "two sizes", "missing files", "number"],
 )
 def test_frames_that_are_no_video(processor, video, match):
     with pytest.raises(ValueError, match=match):
