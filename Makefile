@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Threads that spin while they wait slow each other down where other programs use the cores too.
+export OMP_WAIT_POLICY := passive
+
 .PHONY: demo test check clean
 
 demo: .venv/installed  ## build a tiny checkpoint, convert it, and ask it about a video

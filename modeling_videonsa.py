@@ -116,6 +116,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_kv_heads, q_len, head_dim]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation is in float32
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 

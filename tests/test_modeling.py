@@ -232,6 +232,20 @@ def test_half_precision_errs_no_more_than_dense(prompts, dtype):
     assert errors["sparse"] < 2 * errors["dense"]
 
 
+def test_autocast_trains_in_bfloat16(prompts):
+    """float32 weights under autocast, as transformers' Trainer runs `bf16=True`."""
+    inputs = prompts.one([5, VIDEO, 6])
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].float()
+    model = build_model(torch.float32, block_counts=10)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+    output.loss.backward()
+    assert (output.logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.model.language_model.parameters())
+
+
 def test_gradient_checkpointing_changes_no_gradient(prompts):
     inputs = prompts.batch([prompts.one([3, VIDEO, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])
     labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
