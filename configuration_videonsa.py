@@ -4,6 +4,7 @@ Every NSA field is validated whenever it is set, also on a loaded model, where a
 forward call. The attention itself is described in arXiv 2510.02295.
 """
 
+import dataclasses
 import difflib
 import math
 from typing import Any, Literal
@@ -61,9 +62,16 @@ def _reject_misspelt(keys: dict[str, Any], where: str) -> None:
     """Raise for unknown keys that look like an NSA field; transformers would carry them along and ignore them."""
     for key, value in keys.items():
         close = difflib.get_close_matches(key, NSA_FIELDS, n=1, cutoff=0.7)
+        if key in NSA_FIELDS:
+            raise ValueError(f"`{key}` = {value!r} is misplaced in {where}: it belongs in `text_config`")
         if close or key.startswith("nsa_"):
             hint = f"; did you mean `{close[0]}`?" if close else f"; the NSA fields are {', '.join(NSA_FIELDS)}"
             raise ValueError(f"unknown key `{key}` = {value!r} in {where}{hint}")
+
+
+def _reject_misspelt_attribute(config: Any, name: str, value: Any) -> None:
+    if not name.startswith("_") and not hasattr(type(config), name) and name not in vars(config):
+        _reject_misspelt({name: value}, f"{type(config).__name__}")
 
 
 class VideoNSATextConfig(Qwen2_5_VLTextConfig):
@@ -108,6 +116,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         _reject_misspelt(kwargs, "the text configuration")
         super().__post_init__(**kwargs)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        _check_positive_int("num_attention_heads", heads)
+        _check_positive_int("num_key_value_heads", kv_heads)
         if self.hidden_size % heads:
             raise ValueError(f"`num_attention_heads` ({heads}) must divide `hidden_size` ({self.hidden_size})")
         if heads % kv_heads:
@@ -123,6 +133,7 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     # transformers validates typed fields with an exception that is not a ValueError, and only by type.
     def __setattr__(self, name, value):
         _check_nsa_field(name, value)
+        _reject_misspelt_attribute(self, name, value)
         super().__setattr__(name, value)
 
 
@@ -184,17 +195,24 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         _reject_misspelt(kwargs, "the configuration")
         if isinstance(self.vision_config, dict):
             # `window_size` is a field of the vision tower too, with a meaning of its own.
-            for name in (set(NSA_FIELDS) - {"window_size"}) & set(self.vision_config):
-                raise ValueError(f"`{name}` = {self.vision_config[name]!r} is misplaced in `vision_config`")
-        if isinstance(self.text_config, dict):
-            for name in given.keys() & self.text_config.keys():
-                if given[name] != self.text_config[name]:
-                    raise ValueError(
-                        f"`{name}` is {given[name]!r} at the top level but {self.text_config[name]!r} in `text_config`"
-                    )
+            known = {field.name for field in dataclasses.fields(Qwen2_5_VLVisionConfig)}
+            unknown = {name: value for name, value in self.vision_config.items() if name not in known}
+            _reject_misspelt(unknown, "`vision_config`")
+        text = self.text_config
+        if text is not None and not isinstance(text, dict):
+            if not hasattr(text, "nsa_mode"):
+                raise ValueError(f"`text_config` must be a dict or a VideoNSATextConfig, got {type(text).__name__}")
+            text = {name: getattr(text, name) for name in NSA_FIELDS}
+        for name in given.keys() & (text or {}).keys():
+            if given[name] != text[name]:
+                raise ValueError(f"`{name}` is {given[name]!r} at the top level but {text[name]!r} in `text_config`")
         super().__post_init__(**kwargs)
         for name, value in given.items():
             setattr(self.text_config, name, value)
+
+    def __setattr__(self, name, value):
+        _reject_misspelt_attribute(self, name, value)
+        super().__setattr__(name, value)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -41,6 +41,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 try:
@@ -52,6 +53,8 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from configuration_videonsa import AUTO_MAP, VideoNSAConfig, VideoNSATextConfig
     from positions_videonsa import mrope_position_ids
 
+logger = logging.get_logger(__name__)
+
 # transformers copies the files that a remote-code module imports by scanning its text, and only knows flat files. It
 # takes these lines for imports and so brings the folder along, at the same commit, locally and from the Hub.
 _KERNEL_FILES = """
@@ -62,6 +65,7 @@ from .nsa_kernels/reference import *
 from .nsa_kernels/routing import *
 from .nsa_kernels/selection import *
 from .nsa_kernels/sliding_window import *
+from .nsa_kernels/text_rows import *
 from .nsa_kernels/topk import *
 from .nsa_kernels/utils import *
 """
@@ -75,8 +79,10 @@ def _kernel_module(name: str):
 nsa_attention = _kernel_module("attention").nsa_attention
 TextRun, VisionRouting = _kernel_module("routing").TextRun, _kernel_module("routing").VisionRouting
 
-# Text rows that need a mask are attended in chunks of this many rows, so that the mask stays far from S x S.
-TEXT_ROWS_PER_CHUNK = 512
+text_rows_attention = _kernel_module("text_rows").text_rows_attention
+
+# Attention implementations that need a mask get as many text rows at a time as make this many scores.
+MAX_SCORES = 1 << 26
 
 
 class VideoNSAGateProjection(nn.Linear):
@@ -116,15 +122,17 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_kv_heads, q_len, head_dim]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the rotation is in float32
+        dtype = value.dtype
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        # Under autocast the rotation, and with it what the cache holds, may be in float32.
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
         vision = self._attend_vision_rows(hidden_states, query, key, value, vision_routing)
         text = [self._attend_text_run(query, key, value, run, **kwargs) for run in vision_routing.text_runs]
         rows = [torch.cat(pair) for pair in zip(vision_routing.vision_rows, vision_routing.text_rows, strict=True)]
         output = query.new_zeros(batch, q_len, *vision.shape[1:])  # padding rows stay zero
-        output = output.index_put(rows, torch.cat([vision, *text]))
+        output.index_put_(rows, torch.cat([vision, *text]))
         return self.o_proj(output.flatten(2)), None
 
     def _attend_vision_rows(self, hidden_states, query, key, value, routing: VisionRouting) -> torch.Tensor:
@@ -147,32 +155,33 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
 
     def _attend_text_run(self, query, key, value, run: TextRun, **kwargs) -> torch.Tensor:
         """Dense causal attention of a run of text rows. Returns (rows, num_heads, head_dim)."""
-        implementation = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        query = query[run.sample, :, run.start : run.stop].unsqueeze(0)
-        key, value = (states[run.sample][:, run.keys].unsqueeze(0) for states in (key, value))
-        num_rows = run.stop - run.start
-        # A run at the very start of its sample is plain causal attention, which these need no mask for.
-        is_square = num_rows == run.num_keys
-        needs_mask = not (is_flash_attention_requested(self.config) or (implementation == "sdpa" and is_square))
-        outputs, num_keys = [], run.num_keys - num_rows
-        for rows in query.split(TEXT_ROWS_PER_CHUNK if needs_mask else num_rows, dim=2):
-            num_keys += rows.shape[2]
+        query = query[run.sample, :, run.start : run.stop]
+        key, value = (states[run.sample][:, run.keys][:, : run.num_keys] for states in (key, value))
+        if self.config._attn_implementation == "sdpa":
+            return text_rows_attention(*(states.transpose(0, 1) for states in (query, key, value)), self.scaling)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        # Flash attention aligns queries with the last keys by itself; the others need a mask, in bounded chunks.
+        needs_mask = not is_flash_attention_requested(self.config)
+        chunk = max(1, MAX_SCORES // (self.num_heads * run.num_keys)) if needs_mask else query.shape[1]
+        outputs, seen = [], run.num_keys - query.shape[1]
+        for rows in query.split(chunk, dim=1):
+            first, seen = seen, seen + rows.shape[1]
             mask = None
             if needs_mask:
-                mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+                mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
                     batch_size=1,
-                    q_length=rows.shape[2],
-                    kv_length=num_keys,
-                    q_offset=num_keys - rows.shape[2],
+                    q_length=rows.shape[1],
+                    kv_length=seen,
+                    q_offset=first,
                     mask_function=causal_mask_function,
+                    allow_is_causal_skip=False,
                     dtype=query.dtype,
                     device=query.device,
                 )
-            seen_key, seen_value = key[:, :, :num_keys], value[:, :, :num_keys]
-            output, _ = attend(self, rows, seen_key, seen_value, mask, scaling=self.scaling, **kwargs)
-            outputs.append(output)  # [1, rows, num_heads, head_dim]
-        return torch.cat(outputs, dim=1)[0]
+            states = (x[None] for x in (rows, key[:, :seen], value[:, :seen]))
+            output, _ = attend(self, *states, mask, scaling=self.scaling, **kwargs)
+            outputs.append(output[0])  # [rows, num_heads, head_dim]
+        return torch.cat(outputs)
 
 
 class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
@@ -249,21 +258,19 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 weights are asked for of a call that computes none.
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if past_key_values is not None and hasattr(past_key_values, "mrope_deltas"):
+            self.rope_deltas = past_key_values.mrope_deltas  # not those of whatever prompt ran last
         routing = None
-        if tokens is not None:
-            mm_token_type_ids, past = self._resolve_token_types(
+        if tokens is not None and self.config.nsa_mode == "sparse":
+            types, past = self._resolve_token_types(
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
-            if mm_token_type_ids is not None:
-                if self.config.nsa_mode == "sparse":
-                    routing = self._route(mm_token_type_ids, attention_mask, position_ids, past)
-                mm_token_type_ids = mm_token_type_ids[:, past:]
-        if routing is not None and kwargs.get("output_attentions", self.config.output_attentions):
-            raise ValueError(
-                "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
-                "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
-            )
-        return super().forward(
+            if types is not None:
+                routing = self._route(types, attention_mask, position_ids, past, kwargs)
+                mm_token_type_ids = types
+        if mm_token_type_ids is not None and tokens is not None:
+            mm_token_type_ids = mm_token_type_ids[:, -tokens.shape[1] :]
+        outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -273,6 +280,10 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             vision_routing=routing,
             **kwargs,
         )
+        cache = past_key_values if past_key_values is not None else getattr(outputs, "past_key_values", None)
+        if cache is not None:
+            cache.mrope_deltas = self.rope_deltas
+        return outputs
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """0 for text, 1 for image, 2 for video tokens, by their placeholders."""
@@ -294,10 +305,13 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         if token_types is None:
             if past and not has_features:
                 return None, past
-            if input_ids is None:
+            if input_ids is None and has_features:
                 raise ValueError(
                     "`mm_token_type_ids` is needed with `inputs_embeds`: 0 for text, 1 for image, 2 for video tokens"
                 )
+            if input_ids is None:
+                logger.warning_once("`inputs_embeds` came without `mm_token_type_ids`: every token is taken for text")
+                return None, past
             token_types = self.token_types(input_ids)
         if token_types.shape == (batch, past + q_len):
             return token_types, past
@@ -313,18 +327,27 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             )
         return None, past
 
-    def _route(self, token_types, attention_mask, position_ids, past) -> VisionRouting | None:
+    def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
             shape = type(attention_mask).__name__ if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
             raise ValueError(f"`attention_mask` must be 2D, (batch, past + q_len), with vision tokens, got {shape}")
         if attention_mask is not None:
             attention_mask = attention_mask[:, : token_types.shape[1]]
-        elif position_ids is not None and len(position_ids) == 4 and (position_ids[0].diff(dim=-1) <= 0).any():
+        routing = VisionRouting.build(token_types, attention_mask, past)
+        if routing is None:
+            return None
+        if kwargs.get("cu_seq_lens_q") is not None or _restarts(position_ids, attention_mask, past):
             raise ValueError(
-                "`position_ids` packs several samples into one row, which NSA cannot tell apart; pass them as rows of "
-                "a batch with an `attention_mask`"
+                "`position_ids` or `cu_seq_lens_q` packs several samples into one row, which NSA cannot tell apart; "
+                "pass them as rows of a batch with an `attention_mask`"
             )
-        return VisionRouting.build(token_types, attention_mask, past)
+        configured = self.config.output_attentions or self.config.text_config.output_attentions
+        if kwargs.get("output_attentions", configured):
+            raise ValueError(
+                "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
+                "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
+            )
+        return routing
 
     # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
     def get_video_features(self, pixel_values_videos, video_grid_thw=None, vision_routing=None, **kwargs):
@@ -368,7 +391,8 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         """Override: vision tokens that join a cache continue from its positions, and a text prompt starts at zero."""
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if mm_token_type_ids is not None and (image_grid_thw is not None or video_grid_thw is not None):
-            new_mask = None if attention_mask is None else attention_mask[:, past:]
+            length = mm_token_type_ids.shape[1]
+            new_mask = None if attention_mask is None else attention_mask[:, past : past + length]
             position_ids, deltas = self.get_rope_index(
                 input_ids, mm_token_type_ids, image_grid_thw, video_grid_thw, second_per_grid_ts, new_mask
             )
@@ -390,6 +414,21 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         )
         # transformers counts from the whole mask where there is one; only the new tokens are asked for.
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
+
+
+def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: int) -> bool:
+    """Whether a row's positions return to zero, as those of a packed second sample do."""
+    if position_ids is None:
+        return False
+    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
+    for sample in range(axes.shape[1]):
+        positions = axes[:, sample]
+        if attention_mask is not None:
+            positions = positions[:, attention_mask[sample, past:].bool()]
+        is_zero = (positions == 0).all(0)
+        if (is_zero[1:] & (positions[0, :-1] > 0)).any():
+            return True
+    return False
 
 
 class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
@@ -440,6 +479,8 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
         if image_grid is None and video_grid is None:
+            cache = model_kwargs.get("past_key_values")
+            self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
         if types is None and not inputs_tensor.is_floating_point():

@@ -1,4 +1,4 @@
-"""M-RoPE positions as Qwen2.5-VL was trained with them (modeling code of transformers 4.49 to 4.57)."""
+"""M-RoPE positions as Qwen2.5-VL was trained with them."""
 
 import torch
 
@@ -33,11 +33,13 @@ def mrope_position_ids(
         position_ids: (3, batch, seq_len), int64.
         rope_deltas: (batch, 1), int64: the next position minus the number of tokens so far.
     Raises:
-        ValueError: the grids describe fewer or more tokens than there are.
+        ValueError: the grids describe fewer or more tokens than there are, or there is no time for each video.
     """
     device = mm_token_type_ids.device
     grids = {kind: _to_list(grid) for kind, grid in ((1, image_grid_thw), (2, video_grid_thw))}
     seconds = [1.0] * len(grids[2]) if second_per_grid_ts is None else _to_list(second_per_grid_ts)
+    if len(seconds) != len(grids[2]):
+        raise ValueError(f"`second_per_grid_ts` = {seconds} must have one entry for each of {len(grids[2])} videos")
     num_used = {1: 0, 2: 0}
     types = mm_token_type_ids.cpu()
     is_valid = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()
@@ -58,9 +60,12 @@ def mrope_position_ids(
                 if num_used[kind] == len(grids[kind]):
                     raise ValueError(f"{_GRID_NAMES[kind]} = {grids[kind]} describes fewer tokens than the prompt has")
                 t, h, w = grids[kind][num_used[kind]]
-                interval = seconds[num_used[kind]] * tokens_per_second if kind == 2 else 1
+                # Steps times seconds, then times the rate, in float32: so did the code that trained Qwen2.5-VL.
+                steps = torch.arange(t, dtype=torch.float32)
+                temporal = steps * seconds[num_used[kind]] * tokens_per_second if kind == 2 else steps
                 num_used[kind] += 1
-                grid = _grid_positions(t, h // spatial_merge_size, w // spatial_merge_size, interval) + next_position
+                axes = temporal.floor().long(), *(torch.arange(n // spatial_merge_size) for n in (h, w))
+                grid = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1) + next_position
                 parts.append(grid)
                 next_position = int(grid.max()) + 1
                 num_left -= grid.shape[1]
@@ -68,15 +73,11 @@ def mrope_position_ids(
                 raise ValueError(f"{_GRID_NAMES[kind]} = {grids[kind]} describes more tokens than the prompt has")
         position_ids[:, sample, is_valid[sample]] = torch.cat(parts, dim=1)
         rope_deltas[sample] = next_position - len(sample_types)
+    for kind, grid in grids.items():
+        if num_used[kind] < len(grid):
+            raise ValueError(f"{_GRID_NAMES[kind]} = {grid} describes more tokens than the prompt has")
     return position_ids.to(device), rope_deltas.to(device)
 
 
 def _to_list(values: torch.Tensor | list | None) -> list:
     return [] if values is None else torch.as_tensor(values).tolist()
-
-
-def _grid_positions(t: int, h: int, w: int, interval: float) -> torch.Tensor:
-    """(3, t * h * w) positions of a grid whose corner is 0; `interval` temporal positions lie between two steps."""
-    # In float32, as the training code: 10 steps of 0.7 make 7 there, and less than 7 in float64.
-    temporal = (torch.arange(t, dtype=torch.float32) * interval).floor().long()
-    return torch.stack(torch.meshgrid(temporal, torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)

@@ -278,7 +278,7 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             budget = self.max_total_tokens if budget is None else budget
             plans += plan_videos(sources, [options[i] for i in group], budget, self._patch_sizes())
         for plan in plans:
-            (logger.warning_once if plan.notes else logger.info)(str(plan))
+            (logger.warning if plan.notes else logger.info)(str(plan))
 
         def resize(frames: torch.Tensor, plan: VideoPlan) -> torch.Tensor:
             # What the video processor would do, but frame by frame where a file is read.

@@ -41,8 +41,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.model is None:
         # The paper's 32 blocks of 64 tokens would cover all of the demo's short video.
-        arguments.block_counts = arguments.block_counts or 4
-        arguments.window_size = arguments.window_size or 64
+        arguments.block_counts = 4 if arguments.block_counts is None else arguments.block_counts
+        arguments.window_size = 64 if arguments.window_size is None else arguments.window_size
     if not arguments.video.is_file():
         parser.error(f"--video: no such file: {arguments.video}")
     if arguments.max_new_tokens < 1:

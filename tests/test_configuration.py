@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import ROOT, build_config, build_model
 from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
 
@@ -92,9 +93,25 @@ def test_misspelt_keys(key):
         VideoNSAConfig(text_config={key: 3})
 
 
+def test_misspelt_names_on_a_loaded_model():
+    config = build_config()
+    for part, name in ((config, "block_count"), (config.text_config, "window_sizes")):
+        with pytest.raises(ValueError, match=f"`{name}` = 3"):
+            setattr(part, name, 3)
+    config.some_other_attribute = 3  # transformers and its users set what they like
+
+
 def test_misplaced_and_contradicting_keys():
     with pytest.raises(ValueError, match="`block_size` = 32 is misplaced in `vision_config`"):
         VideoNSAConfig(vision_config={"block_size": 32})
+    with pytest.raises(ValueError, match="`block_sizes` = 32"):
+        VideoNSAConfig(vision_config={"block_sizes": 32})
+    text = VideoNSATextConfig(block_counts=8)
+    with pytest.raises(ValueError, match="`block_counts` is 16 at the top level but 8 in `text_config`"):
+        VideoNSAConfig(text_config=text, block_counts=16)
+    assert text.block_counts == 8
+    with pytest.raises(ValueError, match=r"`text_config` must be .* got Qwen2_5_VLTextConfig"):
+        VideoNSAConfig(text_config=Qwen2_5_VLTextConfig())
     with pytest.raises(ValueError, match="`block_size` is 32 at the top level but 16 in `text_config`"):
         VideoNSAConfig(block_size=32, text_config={"block_size": 16})
 
@@ -103,6 +120,8 @@ def test_misplaced_and_contradicting_keys():
     ("fields", "message"),
     [
         ({"num_attention_heads": 7}, r"`num_attention_heads` \(7\) must divide `hidden_size`"),
+        ({"num_attention_heads": 0}, "`num_attention_heads` must be a positive integer, got 0"),
+        ({"num_key_value_heads": -4}, "`num_key_value_heads` must be a positive integer, got -4"),
         ({"num_key_value_heads": 3}, r"`num_key_value_heads` \(3\) must divide `num_attention_heads`"),
         ({"attention_dropout": 0.1}, "`attention_dropout` must be 0, got 0.1"),
         ({"use_sliding_window": True, "max_window_layers": 3}, "`layer_types`"),
@@ -114,7 +133,11 @@ def test_shapes_that_nsa_cannot_have(fields, message):
 
 
 def test_unrelated_keys_of_published_configurations_are_kept():
-    config = VideoNSAConfig(vision_token_id=151654, text_config={"max_window_layers": 28, "use_sliding_window": False})
+    config = VideoNSAConfig(
+        vision_token_id=151654,
+        text_config={"max_window_layers": 28, "use_sliding_window": False},
+        vision_config={"in_chans": 3, "spatial_patch_size": 14},
+    )
     assert config.vision_token_id == 151654
 
 

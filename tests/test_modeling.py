@@ -12,7 +12,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 
 import modeling_videonsa
 from modeling_videonsa import VideoNSAAttention
-from nsa_kernels import reference, utils
+from nsa_kernels import reference, text_rows, utils
 from nsa_kernels.routing import VisionRouting
 
 VIDEO = ("video", 10, 4, 4)  # 40 tokens, 10 blocks of 4: far more than the 2 that a token selects
@@ -113,6 +113,25 @@ def test_padding_between_tokens(model, prompts):
         torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
 
 
+def test_vision_tokens_that_are_masked_take_part_in_nothing(model, prompts):
+    """A hole inside a video: the rest is what it would be if those tokens were not there."""
+    inputs = prompts.one([5, VIDEO, 7])
+    inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
+    keep = torch.ones(52, dtype=torch.bool)
+    keep[10:17] = False
+    masked = inputs | {"attention_mask": keep.long()[None]}
+    features = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).clone()
+    embeds[inputs["mm_token_type_ids"] == 2] = torch.cat(features)
+    with torch.no_grad():
+        expected = model(
+            inputs_embeds=embeds[:, keep],
+            mm_token_type_ids=inputs["mm_token_type_ids"][:, keep],
+            position_ids=inputs["position_ids"][:, :, keep],
+        ).logits
+        torch.testing.assert_close(model(**masked).logits[:, keep], expected, atol=1e-9, rtol=1e-9)
+
+
 def test_token_types_are_read_off_the_input_ids(model, prompts):
     inputs = prompts.one(LAYOUTS["images and videos"])
     inputs["position_ids"], _ = model.model.get_rope_index(**inputs)
@@ -146,6 +165,30 @@ def test_dense_mode_is_qwen_to_the_last_bit(prompts, attn_implementation, dtype)
             for m, output in zip((model, twin), outputs, strict=True)
         ]
         assert torch.equal(*steps)
+
+
+def test_dense_mode_takes_what_qwen_takes(prompts):
+    """Embeddings without token types, and types of the new tokens alone on a cache."""
+    model = build_model(torch.float32, nsa_mode="dense")
+    twin = qwen_twin(model)
+    first, second = prompts.one([5]), prompts.one([2, VIDEO, 4], seed=1)
+    second.pop("attention_mask")
+    embeds = model.get_input_embeddings()(first["input_ids"])
+    positions = torch.arange(5, 51).expand(3, 1, -1)
+    with torch.no_grad():
+        assert torch.equal(model(inputs_embeds=embeds).logits, twin(inputs_embeds=embeds).logits)
+        logits = [
+            m(**second, position_ids=positions, past_key_values=m(**first).past_key_values).logits
+            for m in (model, twin)
+        ]
+    assert torch.equal(*logits)
+
+
+def test_embeddings_without_token_types_are_text(model, prompts):
+    inputs = prompts.one([9])
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(input_ids=inputs["input_ids"]).logits)
 
 
 def test_text_prompts_are_qwen_to_the_last_bit(prompts):
@@ -204,7 +247,7 @@ def test_dense_part_runs_on_every_attention_implementation(prompts, implementati
 
     inputs = prompts.batch([prompts.one(LAYOUTS["images and videos"]), prompts.one([4, VIDEO, 30], seed=1)])
     valid = inputs["attention_mask"].bool()
-    monkeypatch.setattr(modeling_videonsa, "TEXT_ROWS_PER_CHUNK", 8)
+    monkeypatch.setattr(modeling_videonsa, "MAX_SCORES", 4 * 80 * 8)  # chunks of about 8 rows
     model = build_model()
     with torch.no_grad():
         expected = model(**inputs).logits[valid]
@@ -244,6 +287,19 @@ def test_autocast_trains_in_bfloat16(prompts):
     output.loss.backward()
     assert (output.logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.model.language_model.parameters())
+
+
+def test_autocast_with_text_in_the_cache_first(prompts):
+    """Text alone takes Qwen2.5-VL's path, which caches keys in float32 under autocast; vision tokens join them."""
+    inputs = prompts.one([5, VIDEO, 6])
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].float()
+    model = build_model(torch.float32, block_counts=10)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(**inputs).logits
+        cache = model(input_ids=inputs["input_ids"][:, :5]).past_key_values
+        rest = inputs | {"input_ids": inputs["input_ids"][:, 5:]}
+        output = model(**rest, past_key_values=cache).logits
+    assert (output - expected[:, 5:]).abs().mean() < 0.02 * expected.abs().mean()
 
 
 def test_gradient_checkpointing_changes_no_gradient(prompts):
@@ -316,6 +372,29 @@ def test_layers_offloaded_by_accelerate(prompts, tmp_path):
         assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
 
 
+def test_routing_moves_whole():
+    """What accelerate's hooks do for layers on another device."""
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, 4] = 0
+    moved = VisionRouting.build(torch.tensor([[0, 0, 2, 2, 0, 0, 2, 0, 0]] * 2), mask, 0).to("meta")
+    tensors = [*moved.vision_rows, *moved.vision_keys, *moved.text_rows, *(run.keys for run in moved.text_runs)]
+    tensors += [moved.lengths.cu_seqlens_q, moved.lengths.cu_seqlens_k]
+    assert (
+        sum(isinstance(tensor, torch.Tensor) for tensor in tensors) == 6 + 3 + 2
+    )  # slices of the unpadded sample stay
+    assert all(tensor.device.type == "meta" for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert moved.lengths.offsets_q == (0, 3, 6)
+
+
+def test_new_gates_start_at_one_half():
+    model = modeling_videonsa.VideoNSAForConditionalGeneration(build_config())
+    for layer in model.model.language_model.layers:
+        attention = layer.self_attn
+        assert not attention.g_proj_2.weight.any() and not attention.g_proj_2.bias.any()
+        assert attention.g_proj_1.weight.std() > 0.01
+    assert set(model._no_split_modules) == {"VideoNSADecoderLayer", "Qwen2_5_VLVisionBlock"}
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any operation returned in one tensor."""
 
@@ -331,7 +410,8 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-def test_no_tensor_of_sequence_length_squared(prompts):
+def test_no_tensor_of_sequence_length_squared(prompts, monkeypatch):
+    monkeypatch.setattr(text_rows, "_MASK_ELEMENTS", 1 << 18)  # as small beside this length as the real one at 128K
     model = build_model(torch.float32)
     inputs = prompts.batch([prompts.one([600, ("video", 300, 4, 4), 900]), prompts.one([900, VIDEO, 9], seed=1)])
     length = inputs["input_ids"].shape[1]
@@ -345,7 +425,7 @@ def test_no_tensor_of_sequence_length_squared(prompts):
             attention_mask=mask,
             logits_to_keep=1,
         )
-    assert largest.numel <= modeling_videonsa.TEXT_ROWS_PER_CHUNK * length  # the mask of one chunk of text rows
+    assert largest.numel < length**2 / 8
 
 
 def test_routing_is_built_once_for_all_layers(model, prompts, monkeypatch):
@@ -362,6 +442,11 @@ def test_output_attentions_is_refused_or_right(prompts):
     inputs = prompts.one([3, VIDEO, 4])
     with pytest.raises(ValueError, match="output_attentions"):
         model(**inputs, output_attentions=True)
+    for config in (model.config, model.config.text_config):
+        config.output_attentions = True
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(**inputs)
+        config.output_attentions = False
     model.config.nsa_mode = "dense"
     with torch.no_grad():
         attentions = model(**inputs, output_attentions=True).attentions
@@ -382,11 +467,14 @@ def test_wrong_inputs_are_named(model, prompts):
         model(**(inputs | {"attention_mask": torch.ones(1, 1, 47, 47)}))
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="`mm_token_type_ids` is needed"):
-        model(inputs_embeds=embeds)
-    packed = torch.arange(47).remainder(20).expand(4, 1, 47)
-    with pytest.raises(ValueError, match="`position_ids` packs several samples"):
-        model(**(inputs | {"attention_mask": None, "position_ids": packed}))
-    model.config.text_config._attn_implementation = "sdpa"
+        model(inputs_embeds=embeds, pixel_values_videos=inputs["pixel_values_videos"])
+    packed = torch.arange(47).remainder(45)
+    for position_ids in (packed[None], packed.expand(3, 1, 47), packed.expand(4, 1, 47)):
+        for mask in (None, inputs["attention_mask"]):
+            with pytest.raises(ValueError, match="packs several samples"):
+                model(**(inputs | {"attention_mask": mask, "position_ids": position_ids}))
+    with pytest.raises(ValueError, match="packs several samples"):
+        model(**inputs, cu_seq_lens_q=torch.tensor([0, 20, 47]))
     with torch.no_grad():
         cache = model(input_ids=torch.arange(5)[None]).past_key_values
     with pytest.raises(ValueError, match="`mm_token_type_ids` must cover the 5 cached tokens"):

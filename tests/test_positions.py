@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import build_model
+from transformers import StaticCache
 
 from positions_videonsa import mrope_position_ids
 
@@ -76,6 +77,8 @@ def test_images_without_text_between():
         ({"video_grid_thw": [[1, 2, 2]]}, "`video_grid_thw` .* fewer tokens"),
         ({"video_grid_thw": [[4, 2, 2]]}, "`video_grid_thw` .* more tokens"),
         ({}, "`video_grid_thw` .* fewer tokens"),
+        ({"video_grid_thw": [[3, 2, 2], [1, 2, 2]]}, "`video_grid_thw` .* more tokens"),
+        ({"video_grid_thw": [[3, 2, 2]], "second_per_grid_ts": []}, "`second_per_grid_ts` = .* 1 videos"),
     ],
 )
 def test_grids_that_do_not_fit_the_prompt(kwargs, message):
@@ -118,6 +121,57 @@ def test_a_plain_loop_over_forward_continues_the_prompts_positions(prompts, monk
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=cache)
     assert [position_ids[0, :, -1].tolist() for position_ids in seen] == [[85 + step, 91 + step] for step in range(4)]
+
+
+def test_each_cache_keeps_its_own_positions(prompts):
+    """Two conversations in turn on one model."""
+    model = build_model()
+    first, second = prompts.one([3, LONG_VIDEO, 4]), prompts.one([3, ("video", 4, 4, 6), 9], seed=1)
+    token = torch.tensor([[7]])
+    with torch.no_grad():
+        cache = model(**first).past_key_values
+        expected = model(input_ids=token, past_key_values=cache).logits
+        cache = model(**first).past_key_values
+        other = model(**second).past_key_values
+        torch.testing.assert_close(model(input_ids=token, past_key_values=cache).logits, expected, atol=0, rtol=0)
+
+        # A text-only turn of `generate`, without the grids of what is cached.
+        model(**second)
+        ids = torch.cat([first["input_ids"], token, token], dim=1)
+        options = {"max_new_tokens": 3, "do_sample": False}
+        generated = model.generate(input_ids=ids, past_key_values=cache, **options)
+        whole = first | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        whole["mm_token_type_ids"] = torch.nn.functional.pad(first["mm_token_type_ids"], (0, 2))
+        assert torch.equal(generated, model.generate(**whole, **options))
+        assert other.mrope_deltas.item() != cache.mrope_deltas.item()
+
+
+def test_vision_tokens_join_a_padded_text_cache(prompts, monkeypatch):
+    """Positions of a batch whose first turn was text, left-padded, and whose second holds a video."""
+    model = build_model()
+    first = prompts.batch([prompts.one([4]), prompts.one([6], seed=1)])
+    second = prompts.batch([prompts.one([2, LONG_VIDEO, 3], seed=2), prompts.one([2, LONG_VIDEO, 3], seed=3)])
+    mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
+    types = torch.cat([first["mm_token_type_ids"], second["mm_token_type_ids"]], dim=1)
+    with torch.no_grad():
+        cache = model(input_ids=first["input_ids"], attention_mask=first["attention_mask"]).past_key_values
+        seen = record_positions(model, monkeypatch)
+        model(**(second | {"attention_mask": mask, "mm_token_type_ids": types}), past_key_values=cache)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=cache)
+    # The text turn counted its padding: both rows go on at 6. The video's largest position is 8 + 78.
+    assert seen[0][0, :, :3].tolist() == [[6, 7, 8]] * 2
+    assert seen[0][0, :, -3:].tolist() == [[87, 88, 89]] * 2
+    assert seen[1][0].tolist() == [[90], [90]]
+
+
+def test_a_mask_as_long_as_a_static_cache(prompts):
+    model, inputs = build_model(), prompts.one([3, LONG_VIDEO, 4])
+    cache = StaticCache(config=model.config.text_config, max_cache_len=260)
+    long_mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 260 - 247))
+    with torch.no_grad():
+        output = model(**(inputs | {"attention_mask": long_mask}), past_key_values=cache).logits
+        torch.testing.assert_close(output, model(**inputs).logits, atol=1e-9, rtol=1e-9)
 
 
 def test_a_text_prompt_forgets_the_positions_of_the_video_before(prompts, monkeypatch):
