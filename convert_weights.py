@@ -25,6 +25,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -141,6 +142,8 @@ def convert(
     plan = plan_tensors(read_headers(folder), expected, TARGET_DTYPES.get(dtype))
     shards = split_into_shards(plan, shard_bytes)
     carried = _carried_files(folder)
+    if not {"tokenizer.json", "vocab.json"} & carried.keys():
+        warnings.warn(f"{folder} has no tokenizer: add its files to {output} before loading a processor", stacklevel=2)
 
     total = sum(tensor.nbytes for tensor in plan)
     free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
@@ -344,6 +347,8 @@ def _source_folder(source: str | Path, revision: str | None) -> Path:
         raise ValueError(f"`source` {str(source)!r} is neither a folder nor a repository on the Hub") from error
     except RevisionNotFoundError as error:
         raise ValueError(f"`revision` {revision!r} does not exist in {str(source)!r}") from error
+    except OSError as error:
+        raise OSError(f"`source` {str(source)!r} is no folder here, and the Hub did not give it: {error}") from error
     build_config(folder)  # a wrong repository is told apart before gigabytes are fetched
     # The commit, not the revision: a branch may move between the two downloads.
     return Path(snapshot_download(str(source), revision=folder.name, allow_patterns=[*small, "*.safetensors"]))

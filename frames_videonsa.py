@@ -44,6 +44,12 @@ class VideoRequest:
     options: VideoOptions = field(default_factory=VideoOptions)
     metadata: VideoMetadata | None = None
 
+    @property
+    def is_untimed(self) -> bool:
+        """Whether these are frames of which nobody said when they were taken."""
+        is_file = isinstance(self.video, (str, os.PathLike))
+        return not is_file and self.metadata is None and self.options.fps is None
+
 
 class Clip(Protocol):
     """A video that is known and not yet read."""

@@ -45,12 +45,12 @@ from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 try:
-    from .configuration_videonsa import AUTO_MAP, VideoNSAConfig, VideoNSATextConfig
+    from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from configuration_videonsa import AUTO_MAP, VideoNSAConfig, VideoNSATextConfig
+    from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from positions_videonsa import mrope_position_ids
 
 logger = logging.get_logger(__name__)
@@ -257,6 +257,8 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             ValueError: the token types have another shape, are missing where they cannot be read off, or attention
                 weights are asked for of a call that computes none.
         """
+        for name in kwargs.keys() & set(NSA_FIELDS):
+            raise ValueError(f"`{name}` = {kwargs[name]!r} is no argument of a call: set model.config.{name}")
         tokens = input_ids if input_ids is not None else inputs_embeds
         if past_key_values is not None and hasattr(past_key_values, "mrope_deltas"):
             self.rope_deltas = past_key_values.mrope_deltas  # not those of whatever prompt ran last

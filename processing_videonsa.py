@@ -51,6 +51,7 @@ logger = logging.get_logger(__name__)
 
 _SAMPLING_OPTIONS = ("fps", "num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame")
 _OWN_OPTIONS = (*_SAMPLING_OPTIONS, "max_total_tokens")
+_CONTENT_TYPES = ("text", "image", "image_url", "video")
 # Options of a video in a message: ours, and how qwen-vl-utils spells them.
 _MESSAGE_OPTIONS = {name: name for name in _SAMPLING_OPTIONS} | {
     "sample_fps": "fps",
@@ -268,6 +269,12 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
             named.pop(key) for key in ("max_total_tokens", "video_metadata", "do_sample_frames")
         )
         requests = self._requests(videos, metadata, named)
+        if any(request.is_untimed for request in requests):
+            rate = self.fps or 2.0
+            logger.warning_once(
+                f"Frames came without timing and are taken as sampled at {rate} per second. Say what it was: `fps`, or "
+                "`video_metadata` with the `fps` of the whole video and the `frames_indices` taken from it."
+            )
         clips = [self._open(request, sample, resizing["input_data_format"]) for request in requests]
         options = [self._complete(request.options) for request in requests]
         if not resizing["do_resize"]:
@@ -510,10 +517,15 @@ def _with_requests(conversation: Any) -> Any:
 
 
 def _with_request(part: Any) -> Any:
+    if isinstance(part, Mapping) and part.get("type", "text") not in _CONTENT_TYPES:
+        # The template would leave it out, and the model would answer about nothing.
+        raise ValueError(f"`type` of a part of a message must be one of {_CONTENT_TYPES}, got {part['type']!r}")
     if not isinstance(part, Mapping) or part.get("type", "video") != "video":
         return part
     # `url` and `path` tell of a video only where `type` does.
     places = [name for name in ("video", "url", "path")[: 3 if "type" in part else 1] if part.get(name) is not None]
+    if not places and part.get("type") == "video":
+        raise ValueError(f"a video in a message must be given as `video`, `url` or `path`, got {', '.join(part)}")
     if not places:
         return part
     if len(places) > 1:

@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--window-size", type=int, help="tokens of the sliding window; default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     arguments = parser.parse_args()
     if arguments.model is None:
         # The paper's 32 blocks of 64 tokens would cover all of the demo's short video.
@@ -139,7 +139,7 @@ def main() -> None:
     settings = {key: getattr(model.config, key) for key in ("block_size", "block_counts", "window_size")}
     budget = attention_budget(types, **settings)
     num_vision = int((types != 0).sum())
-    read_seconds, rate = monitor.end - monitor.start, streamer.num_tokens / decode_seconds
+    read_seconds, rate = monitor.end - monitor.start, (streamer.num_tokens - 1) / decode_seconds  # the first is read
     print(f"\nTokens    {num_vision} video + {len(types) - num_vision} text, {streamer.num_tokens} generated")
     print(f"Seconds   {read_seconds:.1f} to read the prompt, then {rate:.1f} tokens a second")
     if monitor.gates:
@@ -161,4 +161,7 @@ def pairs(budget) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f"run_demo.py: error: {error}") from error

@@ -465,6 +465,8 @@ def test_wrong_inputs_are_named(model, prompts):
         model(**(inputs | {"mm_token_type_ids": inputs["mm_token_type_ids"][:, 1:]}))
     with pytest.raises(ValueError, match="`attention_mask` must be 2D"):
         model(**(inputs | {"attention_mask": torch.ones(1, 1, 47, 47)}))
+    with pytest.raises(ValueError, match="`nsa_mode` = 'dense' is no argument of a call"):
+        model(**inputs, nsa_mode="dense")
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="`mm_token_type_ids` is needed"):
         model(inputs_embeds=embeds, pixel_values_videos=inputs["pixel_values_videos"])

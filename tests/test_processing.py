@@ -384,7 +384,7 @@ def test_what_was_chosen_is_said(processor, tmp_path, caplog, monkeypatch):
             inputs = apply(
                 processor, message({"type": "video", "video": path}), max_total_tokens=16, return_metadata=True
             )
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
         assert "2 of 4 frames kept to keep the prompt within max_total_tokens=16" in caplog.text
     assert inputs["video_plans"][0].notes and inputs["video_plans"][0].tokens == 16
     assert inputs["video_metadata"][0].frames_indices == [0, 49]
@@ -989,3 +989,28 @@ def test_plain_qwen_processor_reads_the_root(root_with_tokenizer):
     frames = np.stack([draw_frame(i, 2, 448, 448) for i in range(4)])
     grid = qwen(text=VIDEO, videos=frames, return_tensors="pt")["video_grid_thw"]
     assert grid.tolist() == [[2, 16, 16]]
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        ({"type": "video_url", "video_url": {"url": "clip.mp4"}}, "`type` .* got 'video_url'"),
+        ({"type": "vidoe", "vidoe": "clip.mp4"}, "`type` .* got 'vidoe'"),
+        ({"type": "video", "vidoe": "clip.mp4"}, "must be given as `video`, `url` or `path`, got type, vidoe"),
+    ],
+    ids=["video_url", "vidoe", "no video"],
+)
+def test_parts_that_the_template_would_leave_out(processor, part, match):
+    with pytest.raises(ValueError, match=match):
+        processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=True, return_dict=True)
+
+
+def test_frames_without_timing_are_mentioned(processor, monkeypatch):
+    frames = np.zeros((4, 56, 56, 3), np.uint8)
+    warnings = []
+    monkeypatch.setattr("processing_videonsa.logger.warning_once", warnings.append)
+    processor(text="<|video_pad|>", videos=[frames], fps=5)
+    processor(text="<|video_pad|>", videos=[frames], video_metadata=[{"fps": 5, "total_num_frames": 4}])
+    assert warnings == []
+    processor(text="<|video_pad|>", videos=[frames])
+    assert len(warnings) == 1 and "taken as sampled at 2.0 per second" in warnings[0]
