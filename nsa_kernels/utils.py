@@ -158,7 +158,7 @@ def resolve_backend(name: str, device: torch.device | str) -> str:
 @functools.cache
 def _choose(device_type: str) -> str:
     """What "auto" means on a kind of device; cached, so it is said once."""
-    logger.info("backend='auto' chose 'torch' on %s", device_type)
+    logger.warning("backend='auto' chose 'torch' on %s", device_type)
     return "torch"
 
 
