@@ -20,26 +20,37 @@ point leaves no folder that looks like a checkpoint and is not one. The next run
 """
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError, StrictDataclassError
 from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from configuration_videonsa import AUTO_MAP, VideoNSAConfig
+from conversion import safetensors_io
+from conversion.safetensors_io import (
+    INDEX,
+    PlannedTensor,
+    StoredTensor,
+    cast_chunks,
+    read_chunks,
+    read_headers,
+    read_json,
+    some,
+    split_into_shards,
+    to_bytes,
+    write_tensors,
+)
+from conversion.staging import check_output, staged, write_file
 from modeling_videonsa import VideoNSAForConditionalGeneration
 
 CODE_FOLDER = Path(__file__).resolve().parent
@@ -79,39 +90,7 @@ GATE_INITS = ("half", "selection")
 # sigmoid(100) is exactly 1 in float32, sigmoid(-100) is 4e-44.
 SATURATED_LOGIT = 100.0
 
-# Quantised checkpoints have other dtypes; their tensors cannot be taken over one to one.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 TARGET_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-CHUNK_BYTES = 16 * 2**20
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file: `nbytes` bytes from byte `start` of `file` on."""
-
-    file: Path
-    key: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor of the result: copied from `source`, or a gate to initialise where `source` is None."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    source: StoredTensor | None
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def convert(
@@ -151,7 +130,7 @@ def convert(
         raise ValueError(f"`dtype` must be one of {', '.join(TARGET_DTYPES)}, got {dtype!r}")
     shard_bytes = parse_size(max_shard_size)
     output = Path(output).expanduser().resolve()
-    _check_output(output, overwrite)
+    check_output(output, overwrite)
     folder = _source_folder(source, revision)
     for inner, what in ((folder, "the source"), (CODE_FOLDER, "the code of VideoNSA")):
         if inner.is_relative_to(output):
@@ -164,26 +143,30 @@ def convert(
     carried = _carried_files(folder)
 
     total = sum(tensor.nbytes for tensor in plan)
-    free = shutil.disk_usage(_existing_parent(output)).free
+    free = shutil.disk_usage(next(parent for parent in output.parents if parent.exists())).free
     if total > free:
         raise ValueError(f"`output` {output} needs {total:,} bytes, its disk has {free:,} free")
 
-    with _staged(output, overwrite) as staging:
-        with tqdm(
-            total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=_bar_off(progress)
-        ) as bar:
-            weight_map = {}
+    def to_chunks(tensor: PlannedTensor) -> Iterator[bytes]:
+        if tensor.source is None:
+            return gate_chunks(tensor, config, gate_init=gate_init, seed=seed)
+        return read_chunks(tensor.source) if tensor.dtype == tensor.source.dtype else cast_chunks(tensor)
+
+    # tqdm's `disable`: None means off unless standard error is a terminal.
+    bar_off = None if progress is None else not progress
+    with staged(output, overwrite) as staging:
+        with tqdm(total=total, desc=f"Writing {output.name}", unit="B", unit_scale=True, disable=bar_off) as bar:
             for file, tensors in shards.items():
-                write_shard(staging / file, tensors, config, gate_init=gate_init, seed=seed, bar=bar)
-                weight_map |= {tensor.name: file for tensor in tensors}
+                write_tensors(staging / file, tensors, to_chunks, bar.update)
         for name, data in carried.items():
-            _write(staging / name, data)
+            write_file(staging / name, data)
         if len(shards) > 1:
             parameters = sum(math.prod(tensor.shape) for tensor in plan)
+            weight_map = {tensor.name: file for file, tensors in shards.items() for tensor in tensors}
             index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-            _write(staging / INDEX, _json(index))
+            write_file(staging / INDEX, _to_json(index))
         verify(staging, expected)
-        _write(staging / "config.json", config.to_json_string().encode())
+        write_file(staging / "config.json", config.to_json_string().encode())
     return output
 
 
@@ -196,14 +179,17 @@ def build_config(folder: Path, dtype: torch.dtype | None = None) -> VideoNSAConf
     Raises:
         ValueError: there is no configuration, or it is not that of an unquantised Qwen2.5-VL.
     """
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if values.get("model_type") != "qwen2_5_vl":
         raise ValueError(
             f"{folder / 'config.json'}: `model_type` must be 'qwen2_5_vl', got {values.get('model_type')!r}"
         )
     if "quantization_config" in values:
         raise ValueError(f"{folder / 'config.json'}: quantised checkpoints (`quantization_config`) cannot be converted")
-    qwen = Qwen2_5_VLConfig.from_dict(values)
+    try:
+        qwen = Qwen2_5_VLConfig.from_dict(values)
+    except StrictDataclassError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     nested = qwen.to_diff_dict() | {"text_config": qwen.text_config.to_dict()}
     for part in (nested, nested["text_config"]):
         for key in ("architectures", "auto_map", "model_type", "transformers_version"):
@@ -224,71 +210,6 @@ def expected_shapes(config: VideoNSAConfig) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         del shapes[HEAD]
     return shapes
-
-
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """The tensors of the checkpoint in `folder`, by key, from the headers of its safetensors files.
-
-    Raises:
-        ValueError: no safetensors weights, several candidates, a shard that is missing, truncated or corrupt, or that
-            does not hold what the index says.
-    """
-    single, index = folder / WEIGHTS, folder / INDEX
-    if single.exists() and index.exists():
-        raise ValueError(f"{folder} holds both {WEIGHTS} and {INDEX}: remove the one that is out of date")
-    if single.exists():
-        return _read_header(single)
-    if not index.exists():
-        pickles = _some(sorted(path.name for path in folder.glob("*.bin*"))) or "there are none"
-        raise ValueError(
-            f"{folder} holds neither {WEIGHTS} nor {INDEX}; pickled weights ({pickles}) are not read, "
-            "save them as safetensors first"
-        )
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index}: `weight_map` must be a non-empty object, got {weight_map!r}")
-    if wrong := [name for name in weight_map.values() if not isinstance(name, str) or Path(name).name != name]:
-        raise ValueError(f"{index}: shards must be file names in the same folder, got {_some(wrong)}")
-    files = sorted(set(weight_map.values()))
-    if missing := [name for name in files if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {_some(missing)}, listed in {INDEX}")
-    stored: dict[str, StoredTensor] = {}
-    for name in files:
-        for key, tensor in _read_header(folder / name).items():
-            if weight_map.get(key) != name:
-                raise ValueError(f"{folder / name} holds {key!r}, which {INDEX} places in {weight_map.get(key)!r}")
-            stored[key] = tensor
-    if missing := [key for key in weight_map if key not in stored]:
-        raise ValueError(f"{folder}: {INDEX} lists tensors that their shards do not hold: {_some(missing)}")
-    return stored
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file: 8 bytes of header length, a JSON header, then the data without gaps."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = [(key, e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for key, e in header.items()]
-            entries.sort(key=lambda entry: entry[3])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{file} has a corrupt safetensors header: {error!r}") from error
-    tensors, position = {}, 0
-    for key, dtype, shape, begin, end in entries:
-        if dtype not in DTYPES:
-            raise ValueError(f"{file}: {key!r} has dtype {dtype}; supported are {', '.join(DTYPES)}")
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-        if begin != position or end - begin != nbytes:
-            raise ValueError(f"{file}: {key!r} lies at bytes {begin} to {end}, expected {position} and {nbytes} bytes")
-        tensors[key] = StoredTensor(file, key, DTYPES[dtype], shape, 8 + length + begin, nbytes)
-        position = end
-    if size != 8 + length + position:
-        raise ValueError(f"{file} is truncated or corrupt: {size} bytes, its header describes {8 + length + position}")
-    return tensors
 
 
 def plan_tensors(
@@ -324,9 +245,9 @@ def plan_tensors(
             )
         sources[name] = tensor
     if unknown:
-        raise ValueError(f"unknown tensors in the source: {_some(unknown)}")
+        raise ValueError(f"unknown tensors in the source: {some(unknown)}")
     if missing := [name for name in expected if name not in sources and not GATE.match(name)]:
-        raise ValueError(f"the source lacks {_some(missing)}")
+        raise ValueError(f"the source lacks {some(missing)}")
 
     def target_dtype(name: str) -> torch.dtype:
         gate = GATE.match(name)
@@ -353,76 +274,9 @@ def _check_tied(head: StoredTensor, stored: dict[str, StoredTensor]) -> None:
     if embedding is None or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
         same = False
     else:
-        same = all(a == b for a, b in zip(_read_chunks(head), _read_chunks(embedding), strict=True))
+        same = all(a == b for a, b in zip(read_chunks(head), read_chunks(embedding), strict=True))
     if not same:
         raise ValueError(f"{head.file}: `tie_word_embeddings` is true but {head.key!r} differs from the embeddings")
-
-
-def split_into_shards(plan: Iterable[PlannedTensor], max_bytes: int) -> dict[str, list[PlannedTensor]]:
-    """Distribute tensors over files of at most `max_bytes` of data each, in order, named as transformers does."""
-    shards: list[list[PlannedTensor]] = [[]]
-    size = 0
-    for tensor in plan:
-        if shards[-1] and size + tensor.nbytes > max_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.nbytes
-    if len(shards) == 1:
-        return {WEIGHTS: shards[0]}
-    return {f"model-{i:05}-of-{len(shards):05}.safetensors": tensors for i, tensors in enumerate(shards, 1)}
-
-
-def write_shard(
-    file: Path, tensors: list[PlannedTensor], config: VideoNSAConfig, *, gate_init: str, seed: int, bar: tqdm
-) -> None:
-    """Write one safetensors file, a chunk at a time, and flush it to the disk."""
-    # Wide types first keeps every tensor aligned to its element, as the safetensors library does.
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        offsets = [position, position + tensor.nbytes]
-        header[tensor.name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
-        position += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("xb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            if tensor.source is None:
-                chunks = gate_chunks(tensor, config, gate_init=gate_init, seed=seed)
-            elif tensor.dtype == tensor.source.dtype:
-                chunks = _read_chunks(tensor.source)
-            else:
-                chunks = _cast_chunks(tensor)
-            for chunk in chunks:
-                stream.write(chunk)
-                bar.update(len(chunk))
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _read_chunks(tensor: StoredTensor) -> Iterator[bytes]:
-    """The bytes of a stored tensor in pieces of `CHUNK_BYTES`, which every element size divides."""
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.start)
-        left = tensor.nbytes
-        while left:
-            chunk = stream.read(min(CHUNK_BYTES, left))
-            if not chunk:
-                raise OSError(f"{tensor.file} has become shorter while {tensor.key!r} was read")
-            left -= len(chunk)
-            yield chunk
-
-
-def _cast_chunks(tensor: PlannedTensor) -> Iterator[bytes]:
-    for chunk in _read_chunks(tensor.source):
-        values = torch.frombuffer(bytearray(chunk), dtype=tensor.source.dtype)
-        cast = values.to(tensor.dtype)
-        if not cast.isfinite().all():
-            raise ValueError(f"{tensor.source.file}: {tensor.source.key!r} has values that {tensor.dtype} cannot hold")
-        yield _to_bytes(cast)
 
 
 def gate_chunks(tensor: PlannedTensor, config: VideoNSAConfig, *, gate_init: str, seed: int) -> Iterator[bytes]:
@@ -436,17 +290,17 @@ def gate_chunks(tensor: PlannedTensor, config: VideoNSAConfig, *, gate_init: str
         logits = torch.zeros(tensor.shape[0] // 3, 3)  # [H, (cmp, slc, swa)]
         if gate_init == "selection":
             logits += SATURATED_LOGIT * config.text_config.gate_temperature * torch.tensor([-1.0, 1.0, -1.0])
-        yield _to_bytes(logits.to(tensor.dtype))
+        yield to_bytes(logits.to(tensor.dtype))
         return
     generator = torch.Generator()
     generator.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {tensor.name}".encode()).digest()[:8], "little"))
     left = math.prod(tensor.shape)
     while left:
-        values = torch.zeros(min(left, CHUNK_BYTES // 8))
+        values = torch.zeros(min(left, safetensors_io.CHUNK_BYTES // 8))
         if (layer, kind) == ("1", "weight"):
             values.normal_(std=config.text_config.initializer_range, generator=generator)
         left -= values.numel()
-        yield _to_bytes(values.to(tensor.dtype))
+        yield to_bytes(values.to(tensor.dtype))
 
 
 def verify(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
@@ -457,7 +311,7 @@ def verify(folder: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """
     found = {key: tensor.shape for key, tensor in read_headers(folder).items()}
     if wrong := [name for name in {**expected, **found} if expected.get(name) != found.get(name)]:
-        raise ValueError(f"{folder}: the written tensors are not the model's: {_some(wrong)}")
+        raise ValueError(f"{folder}: the written tensors are not the model's: {some(wrong)}")
 
 
 def parse_size(size: int | str) -> int:
@@ -499,7 +353,7 @@ def _carried_files(folder: Path) -> dict[str, bytes]:
     """Every file of the result besides weights and `config.json`, by its path in the result."""
     paths = [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    files["processor_config.json"] = _json(_processor_config(folder))
+    files["processor_config.json"] = _to_json(_processor_config(folder))
     if not {"chat_template.jinja", "chat_template.json"} & files.keys():
         files["chat_template.jinja"] = (CODE_FOLDER / "chat_template.jinja").read_bytes()
     code = {CODE_FOLDER / "nsa_kernels" / "__init__.py"}
@@ -510,125 +364,17 @@ def _carried_files(folder: Path) -> dict[str, bytes]:
 
 def _processor_config(folder: Path) -> dict:
     """VideoNSA's processor configuration, with the image and video settings of the source where it has any."""
-    ours = _read_json(CODE_FOLDER / "processor_config.json")
+    ours = read_json(CODE_FOLDER / "processor_config.json")
     file = folder / "processor_config.json"
-    theirs = _read_json(file) if file.exists() else {}
+    theirs = read_json(file) if file.exists() else {}
     # Before transformers 5 these settings had a file of their own, which is read where the sections are absent.
     if theirs or (folder / "preprocessor_config.json").exists():
         ours = {key: value for key, value in ours.items() if key not in ("image_processor", "video_processor")}
     return theirs | ours
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that would cost the user something. An empty folder costs nothing."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(f"`output` {output} exists; `overwrite` (--overwrite) replaces it")
-    if not (output / "config.json").is_file():
-        raise ValueError(f"`output` {output} is not a checkpoint folder, so `overwrite` does not replace it")
-
-
-@contextlib.contextmanager
-def _staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and is removed when it does not."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".{output.name}.partial")
-    staging.mkdir(exist_ok=True)
-    lock = FileLock(staging / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(f"`output` {output} is being written by another process") from error
-    try:
-        _restore_replaced(output)
-        _check_output(output, overwrite)
-        for left in staging.iterdir():  # by a run that was killed
-            if left.name != ".lock":
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield staging
-        (staging / ".lock").unlink()
-        for folder in (staging, *(path for path in staging.rglob("*") if path.is_dir())):
-            _sync_folder(folder)
-        replaced = _replaced_name(output)
-        if output.exists():
-            os.replace(output, replaced)
-        os.replace(staging, output)
-        _sync_folder(output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        _restore_replaced(output)
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        lock.release()
-
-
-def _replaced_name(output: Path) -> Path:
-    return output.with_name(f".{output.name}.replaced")
-
-
-def _restore_replaced(output: Path) -> None:
-    """Undo what a crash between the two renames of `_staged` left: the old checkpoint comes back."""
-    replaced = _replaced_name(output)
-    if replaced.exists():
-        if output.exists():
-            shutil.rmtree(replaced)
-        else:
-            os.replace(replaced, output)
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("xb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable; Windows has no such call and needs none."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{file.parent} lacks {file.name}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(values).__name__}")
-    return values
-
-
-def _json(values: dict) -> bytes:
+def _to_json(values: dict) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _to_bytes(values: torch.Tensor) -> bytes:
-    return values.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _some(names: list) -> str:
-    """At most five names, for an error message."""
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + rest
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in path.parents if parent.exists())
-
-
-def _bar_off(progress: bool | None) -> bool | None:
-    """tqdm's `disable`, where None means off unless standard error is a terminal."""
-    return None if progress is None else not progress
 
 
 def main() -> None:

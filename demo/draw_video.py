@@ -2,7 +2,7 @@
 
     python demo/draw_video.py demo/shapes.mp4
 
-The picture of every frame follows from its number alone, so that the same command draws the same video.
+The picture of every frame follows from its number alone, so that the same command draws the same pictures.
 """
 
 import argparse

@@ -66,6 +66,7 @@ class _NSAFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @utils.backward_without_autocast
     def backward(ctx, do):
         q, k, v, g_cmp, g_slc, g_swa, indices, o_slc, (lse_cmp, lse_slc, lse_swa) = ctx.saved_tensors
         lengths, block_size, block_counts, window_size, softmax_scale = ctx.args
@@ -189,6 +190,8 @@ def nsa_attention(
             )
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
     args = q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
-    if utils.resolve_backend(backend, q.device) == "reference":
-        return reference.nsa_attention_ref(*args)
-    return _NSAFunction.apply(*args)
+    backend = utils.resolve_backend(backend, q.device)
+    with utils.no_autocast(q.device):
+        if backend == "reference":
+            return reference.nsa_attention_ref(*args)
+        return _NSAFunction.apply(*args)

@@ -3,6 +3,7 @@
 arXiv 2510.02295 states 3.6 % of the dense budget at 128K tokens. A compressed block counts as one key.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -50,3 +51,14 @@ def attention_budget(
         text=int(rows[~is_vision].sum()),
         dense=int(rows.sum()),
     )
+
+
+def main() -> None:
+    """Print the shares for prompts of that many vision tokens, at the default settings."""
+    for argument in sys.argv[1:]:
+        budget = attention_budget(torch.ones(int(argument)))
+        print(f"{int(argument):>9,} vision tokens: {budget.fraction:.1%} of the dense pairs")
+
+
+if __name__ == "__main__":
+    main()

@@ -143,6 +143,7 @@ class _CompressionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @utils.backward_without_autocast
     def backward(ctx, do, _dlse):
         q, k, v, lse = ctx.saved_tensors
         lengths, block_size, softmax_scale = ctx.args
@@ -221,6 +222,8 @@ def compression_attention(
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, v, lengths)
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    if utils.resolve_backend(backend, q.device) == "reference":
-        return reference.compression_attention_ref(q, k, v, lengths, block_size, softmax_scale)
-    return _CompressionFunction.apply(q, k, v, lengths, block_size, softmax_scale)
+    backend = utils.resolve_backend(backend, q.device)
+    with utils.no_autocast(q.device):
+        if backend == "reference":
+            return reference.compression_attention_ref(q, k, v, lengths, block_size, softmax_scale)
+        return _CompressionFunction.apply(q, k, v, lengths, block_size, softmax_scale)

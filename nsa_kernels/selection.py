@@ -231,6 +231,7 @@ class _SelectionFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @utils.backward_without_autocast
     def backward(ctx, do, _dlse):
         q, k, v, block_indices, o, lse = ctx.saved_tensors
         lengths, block_size, softmax_scale = ctx.args
@@ -295,6 +296,8 @@ def selection_attention(
         raise ValueError(
             f"block_indices must be int32 or int64 on {q.device}, got {block_indices.dtype} on {block_indices.device}"
         )
-    if utils.resolve_backend(backend, q.device) == "reference":
-        return reference.selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax_scale)
-    return _SelectionFunction.apply(q, k, v, block_indices, lengths, block_size, softmax_scale)
+    backend = utils.resolve_backend(backend, q.device)
+    with utils.no_autocast(q.device):
+        if backend == "reference":
+            return reference.selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax_scale)
+        return _SelectionFunction.apply(q, k, v, block_indices, lengths, block_size, softmax_scale)

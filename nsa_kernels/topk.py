@@ -71,9 +71,11 @@ def select_blocks(
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, None, lengths)
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    if utils.resolve_backend(backend, q.device) == "reference":
-        return reference.select_blocks_ref(q, k, lengths, block_size, block_counts, softmax_scale)
-    return _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale)
+    backend = utils.resolve_backend(backend, q.device)
+    with utils.no_autocast(q.device):
+        if backend == "reference":
+            return reference.select_blocks_ref(q, k, lengths, block_size, block_counts, softmax_scale)
+        return _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ owns rows ``cu_seqlens[i] : cu_seqlens[i + 1]``. When it has fewer queries than 
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -73,7 +73,7 @@ class SequenceLengths:
         lengths_k: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> "SequenceLengths":
-        """From lengths the host already knows: no synchronisation.
+        """From lengths the host already knows: nothing is read back from the device.
 
         Args:
             lengths_q: tokens of each sequence.
@@ -88,8 +88,8 @@ class SequenceLengths:
         offsets_q = tuple(accumulate(lengths_q, initial=0))
         offsets_k = tuple(accumulate(lengths_k, initial=0))
         _check_offsets(offsets_q, offsets_k)
-        tensors = (torch.tensor(offsets, dtype=torch.int32, device=device) for offsets in (offsets_q, offsets_k))
-        return cls(*tensors, offsets_q, offsets_k)
+        tensors = (torch.tensor(offsets, dtype=torch.int32) for offsets in (offsets_q, offsets_k))
+        return cls(*(tensor.to(device or "cpu", non_blocking=True) for tensor in tensors), offsets_q, offsets_k)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -> "SequenceLengths":
@@ -207,6 +207,22 @@ def _describe(x: object) -> str:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of scores, softmax state and sums: float32, or float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Context in which autocast does not narrow the float32 arithmetic of the softmax."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def backward_without_autocast(backward: Callable[..., tuple]) -> Callable[..., tuple]:
+    """Decorator of an autograd function's backward, which may be called inside an autocast region."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, do, *args):
+        with no_autocast(do.device):
+            return backward(ctx, do, *args)
+
+    return wrapped
 
 
 def tile_tokens(elements_per_token: int, device: torch.device) -> int:

@@ -166,6 +166,17 @@ def test_runs_are_identical_to_the_last_bit():
         assert torch.equal(attend(LONG)(*inputs), first[0])
 
 
+def test_autocast_narrows_nothing():
+    inputs = [*LONG.qkv(torch.float32), *LONG.gates(torch.float32)]
+    expected = with_gradients(attend(LONG), inputs)
+    oracle = attend(LONG, "reference")(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = with_gradients(attend(LONG), inputs)
+        assert torch.equal(attend(LONG, "reference")(*inputs), oracle)
+        assert (inputs[0][0] @ inputs[0][0].mT).dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
+
+
 def test_every_output_element_is_written():
     for case in (CASES[2], LONG):
         with PoisonedEmpty():

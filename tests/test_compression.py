@@ -87,6 +87,14 @@ def test_no_visible_block_gives_zero_with_zero_gradient():
         assert not gradient.any()
 
 
+def test_autocast_narrows_nothing():
+    case = CASES[3]
+    expected = with_gradients(attend(case, "torch"), case.qkv(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = with_gradients(attend(case, "torch"), case.qkv(torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
+
+
 def test_every_output_element_is_written():
     case = CASES[2]
     with PoisonedEmpty():

@@ -19,8 +19,11 @@ from tiny_checkpoint import save_tiny_qwen2_5_vl
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import convert_weights
-from convert_weights import convert, expected_shapes, parse_size, plan_tensors, read_headers
+from conversion import safetensors_io
+from conversion.safetensors_io import read_headers
+from convert_weights import convert, expected_shapes, parse_size, plan_tensors
 from modeling_videonsa import VideoNSAForConditionalGeneration
+from processing_videonsa import VideoNSAProcessor
 
 ROOT = Path(convert_weights.__file__).parent
 GATES = re.compile(r"\.self_attn\.g_proj_[12]\.(weight|bias)$")
@@ -246,6 +249,21 @@ def test_gates_start_where_they_should(gate_init, gates, dtype, pristine, tmp_pa
     assert not first[1].any() and not second[0].any()
 
 
+def test_logits_are_those_of_the_source(pristine, tmp_path, prompts):
+    """Bit by bit in dense mode; within rounding for a short video with the selection gate open, the video first."""
+    folder = convert(pristine["old"], tmp_path / "out", gate_init="selection")
+    model = VideoNSAForConditionalGeneration.from_pretrained(folder).eval()
+    qwen = Qwen2_5_VLForConditionalGeneration.from_pretrained(pristine["old"]).eval()
+    inputs = {key: x.float() if x.is_floating_point() else x for key, x in prompts.one([("video", 5, 8, 8), 6]).items()}
+    inputs["position_ids"] = model.model.get_rope_index(**inputs)[0]
+    with torch.no_grad():
+        source, sparse = qwen(**inputs).logits, model(**inputs).logits
+        model.config.nsa_mode = "dense"
+        assert torch.equal(model(**inputs).logits, source)
+    assert not torch.equal(sparse, source)
+    torch.testing.assert_close(sparse, source, atol=2e-5, rtol=2e-5)
+
+
 def test_gates_depend_on_the_seed_and_the_layer_only(pristine, tmp_path):
     key = "model.language_model.layers.{}.self_attn.g_proj_1.weight"
     one, same, other = (
@@ -259,7 +277,7 @@ def test_gates_depend_on_the_seed_and_the_layer_only(pristine, tmp_path):
 
 def test_chunks_do_not_show_in_the_result(pristine, tmp_path, monkeypatch):
     whole = load_all(convert(pristine["old"], tmp_path / "whole", dtype="bfloat16"))
-    monkeypatch.setattr(convert_weights, "CHUNK_BYTES", 1000)  # copies and casts; a gate's random stream is per chunk
+    monkeypatch.setattr(safetensors_io, "CHUNK_BYTES", 1000)  # copies and casts; a gate's random stream is per chunk
     pieces = load_all(convert(pristine["old"], tmp_path / "pieces", dtype="bfloat16"))
     assert all(torch.equal(whole[key], pieces[key]) for key in whole if not key.endswith("g_proj_1.weight"))
 
@@ -329,6 +347,29 @@ def test_companion_files(pristine, tmp_path):
     processor = json.loads(files["processor_config.json"])
     assert processor["processor_class"] == "VideoNSAProcessor"
     assert processor["auto_map"] == {"AutoProcessor": "processing_videonsa.VideoNSAProcessor"}
+
+
+def test_processor_files_of_transformers_4(pristine, tmp_path):
+    """The published repositories hold preprocessor_config.json and chat_template.json."""
+    source = Path(shutil.copytree(pristine["old"], tmp_path / "source"))
+    settings = json.loads((source / "processor_config.json").read_text())["image_processor"]
+    settings |= {"processor_class": "Qwen2_5_VLProcessor", "image_processor_type": "Qwen2VLImageProcessor"}
+    size = {"shortest_edge": 6272, "longest_edge": 12544}
+    (source / "preprocessor_config.json").write_text(json.dumps(settings | {"size": size}))
+    (source / "processor_config.json").unlink()
+    (source / "chat_template.jinja").unlink()
+    (source / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'tuned' }}"}))
+    processor = VideoNSAProcessor.from_pretrained(convert(source, tmp_path / "out"))
+    assert dict(processor.image_processor.size) == size
+    assert processor.chat_template == "{{ 'tuned' }}"
+    assert processor.max_pixels_per_frame == 64 * 28 * 28
+
+    for name in ("preprocessor_config.json", "chat_template.json"):
+        (source / name).unlink()
+    processor = VideoNSAProcessor.from_pretrained(convert(source, tmp_path / "bare"))
+    ours = json.loads((ROOT / "processor_config.json").read_text())
+    assert dict(processor.image_processor.size) == ours["image_processor"]["size"]
+    assert processor.chat_template == (ROOT / "chat_template.jinja").read_text()
 
 
 def rewrite_header(file: Path, change) -> None:
@@ -429,6 +470,10 @@ DAMAGES = {
     "another model": (
         lambda f: edit_json(f / "config.json", model_type="llama"),
         "`model_type` must be 'qwen2_5_vl', got 'llama'",
+    ),
+    "configuration of a wrong type": (
+        lambda f: edit_json(f / "config.json", image_token_id="many"),
+        r"config\.json: .*image_token_id",
     ),
     "quantised": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "`quantization_config`"),
     "tied but different head": (
@@ -535,7 +580,7 @@ def test_full_disk(pristine, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(convert_weights.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left"):
         convert(pristine["old"], tmp_path / "out", seed=2, overwrite=True, max_shard_size="40KB")
     assert snapshot(tmp_path / "out") == before
@@ -572,6 +617,7 @@ KILL_DRIVER = """
     import convert_weights
 
     source, sandbox = Path(sys.argv[1]), Path(sys.argv[2])
+    os.fsync = lambda descriptor: None  # a killed process loses nothing that it has handed to the system
     CALLS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
     def snapshot(folder):
@@ -626,6 +672,13 @@ KILL_DRIVER = """
         convert_weights.convert(source, older, seed=seed, max_shard_size="100KB", overwrite=True)
         reference[seed] = snapshot(older)
     assert reference[1] != reference[2]
+
+    # Planning writes nothing: done once, so that the children get to the writing at once.
+    config = convert_weights.build_config(source)
+    shapes, carried = convert_weights.expected_shapes(config), convert_weights._carried_files(source)
+    convert_weights.build_config = lambda folder, dtype=None: config
+    convert_weights.expected_shapes = lambda config: shapes
+    convert_weights._carried_files = lambda folder: carried
 
     output = sandbox / "out"
     for overwrite in (False, True):

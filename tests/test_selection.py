@@ -143,6 +143,14 @@ def test_nobody_has_a_block(value):
     assert not any(gradient.any() for gradient in torch.autograd.grad(o.sum(), inputs))
 
 
+def test_autocast_narrows_nothing():
+    case = CASES[3]
+    expected = with_gradients(attend(case, random_blocks(case), "torch"), case.qkv(torch.float32))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = with_gradients(attend(case, random_blocks(case), "torch"), case.qkv(torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(inside, expected, strict=True))
+
+
 def test_every_output_element_is_written():
     case = CASES[2]
     indices = random_blocks(case)

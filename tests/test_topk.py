@@ -108,6 +108,13 @@ def test_selection_carries_no_gradient():
         assert not topk.select_blocks(q, k, case.lengths, block_size=4, backend=backend).requires_grad
 
 
+def test_autocast_narrows_nothing():
+    case = Case((200,), block_size=4, block_counts=5)
+    expected = select(case, "torch", torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(select(case, "torch", torch.float32), expected)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
