@@ -29,6 +29,8 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 # A program that walks fewer keys than this spends more on its partial output than on its keys.
 _MIN_KEYS_PER_SPLIT = 512
+# Most waves of programs that a split may make of one, to fill the last of them.
+_MAX_WAVES = 8
 # Programs to aim for without a GPU to ask, in the interpreter: tiny inputs get split as well.
 _PROGRAMS_INTERPRETED, _MIN_KEYS_PER_SPLIT_INTERPRETED = 16, 32
 
@@ -368,7 +370,7 @@ def _head_pad(head_dim: int) -> int:
 def forward_config(dtype: torch.dtype, num_rows: int, group_size: int, head_dim: int) -> dict:
     """Constexprs and launch options of the forward kernel: tiles as small as the rows, up to 128."""
     wide = dtype == torch.float32
-    rows = max(16, min(64 if wide else 128, triton.next_power_of_2(num_rows * group_size)))
+    rows = max(16, min(16 if wide else 128, triton.next_power_of_2(num_rows * group_size)))
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
@@ -376,7 +378,7 @@ def forward_config(dtype: torch.dtype, num_rows: int, group_size: int, head_dim:
         "TILE_ROWS": rows,
         "BLOCK_N": 32 if wide else 64,
         "num_warps": 8 if rows == 128 or wide else 4,
-        "num_stages": 2 if wide else 3,
+        "num_stages": 1 if wide else 3,
     }
 
 
@@ -387,7 +389,7 @@ def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> dict:
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": _head_pad(head_dim),
-        "TILE_ROWS": 32 if wide else 64,
+        "TILE_ROWS": 16 if wide else 64,
         "BLOCK_N": 32 if wide else 64,
         "num_warps": 8,
         "num_stages": 1 if wide else 2,
@@ -404,7 +406,7 @@ def num_splits(num_tiles: int, num_keys: int, num_programs: int, min_keys: int =
         num_programs: programs that run at once.
     """
     best, best_filled = 1, 0.0
-    for splits in range(1, max(1, min(num_keys // min_keys, 2 * num_programs // max(1, num_tiles))) + 1):
+    for splits in range(1, max(1, min(num_keys // min_keys, _MAX_WAVES * num_programs // num_tiles)) + 1):
         waves = num_tiles * splits / num_programs
         filled = waves / -(-num_tiles * splits // num_programs)
         if filled > best_filled + 1e-9:
