@@ -19,7 +19,7 @@ nothing has to be counted on the device or waited for.
 import torch
 from torch import Tensor
 
-from . import utils
+from . import triton_tiles, utils
 
 try:
     import triton
@@ -141,7 +141,7 @@ def _compression_fwd_kernel(
             row_sum = row_sum * shrink + tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
             row_max = new_max
-        seen = visible > 0
+        seen = row_sum != 0.0
         row_sum = tl.where(seen, row_sum, 1.0)
         lse = tl.where(seen, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
         row = token * num_heads + head
@@ -542,16 +542,12 @@ def _mean_unpool_kernel(
         tl.store(dv_ptr + offs, tl.broadcast_to((dv / BLOCK_SIZE)[None, :], [BLOCK_PAD, HEAD_PAD]), mask=mask)
 
 
-def _pad(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
-
-
 def forward_config(dtype: torch.dtype, head_dim: int) -> dict:
     """Constexprs and launch options of the forward kernel."""
-    wide = dtype == torch.float32
+    wide = triton_tiles.is_wide(dtype)
     return {
         "HEAD_DIM": head_dim,
-        "HEAD_PAD": _pad(head_dim),
+        "HEAD_PAD": triton_tiles.pad(head_dim),
         "TOKENS": 64 if wide else 128,
         "BLOCKS": 32 if wide else 64,
         "num_warps": 8,
@@ -565,7 +561,7 @@ def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks
     Args:
         max_blocks: blocks of the longest sequence's keys, an incomplete one included.
     """
-    wide = dtype == torch.float32
+    wide = triton_tiles.is_wide(dtype)
     heads = triton.next_power_of_2(group_size)
     tokens = max(16 // heads, min(_TILE_TOKENS, _TILE_ROWS // heads), 1)
     blocks = 32 if wide else 64
@@ -576,7 +572,7 @@ def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks
         "GROUP_PAD": heads,
         "TOKENS": tokens,
         "HEAD_DIM": head_dim,
-        "HEAD_PAD": _pad(head_dim),
+        "HEAD_PAD": triton_tiles.pad(head_dim),
         "BLOCKS": blocks,
         "NUM_BLOCKS_PAD": columns,
         "ROWS": max(1, min(tokens, _CHOICE_ELEMENTS // columns)),
@@ -591,15 +587,16 @@ def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks
 
 def backward_config(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict]:
     """Constexprs and launch options of the dq kernel and of the dk, dv kernel."""
-    wide = dtype == torch.float32
-    shared = {"HEAD_DIM": head_dim, "HEAD_PAD": _pad(head_dim), "num_warps": 8, "num_stages": 1 if wide else 2}
+    wide = triton_tiles.is_wide(dtype)
+    shared = {
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "num_warps": 8,
+        "num_stages": 1 if wide else 2,
+    }
     dq = {**shared, "TOKENS": 64 if wide else 128, "BLOCKS": 32 if wide else 64}
     dkv = {**shared, "TOKENS": 32 if wide else 64, "BLOCKS": 64}
     return dq, dkv
-
-
-def _longest(offsets: tuple[int, ...]) -> int:
-    return max((end - start for start, end in zip(offsets, offsets[1:], strict=False)), default=0)
 
 
 def _num_programs(device: torch.device) -> int:
@@ -615,7 +612,7 @@ def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int)
     """
     _, num_kv_heads, head_dim = k.shape
     pooled = [x.new_empty(x.shape[0] // block_size, num_kv_heads, head_dim) for x in (k, v)]
-    num_blocks = _longest(lengths.offsets_k) // block_size
+    num_blocks = triton_tiles.longest(lengths.offsets_k) // block_size
     if num_blocks:
         _mean_pool_kernel[(num_blocks, num_kv_heads, len(lengths.offsets_k) - 1)](
             k_ptr=k,
@@ -629,7 +626,7 @@ def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int)
             stride_vh=v.stride(1),
             num_kv_heads=num_kv_heads,
             HEAD_DIM=head_dim,
-            HEAD_PAD=_pad(head_dim),
+            HEAD_PAD=triton_tiles.pad(head_dim),
             BLOCK_SIZE=block_size,
             BLOCK_PAD=triton.next_power_of_2(block_size),
             num_warps=4,
@@ -642,7 +639,7 @@ def _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale):
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
     config = forward_config(q.dtype, head_dim)
-    num_tiles = triton.cdiv(_longest(lengths.offsets_q), config["TOKENS"])
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
     if num_tiles:
         _compression_fwd_kernel[(num_tiles, num_heads, len(lengths.offsets_q) - 1)](
             q_ptr=q,
@@ -667,9 +664,9 @@ def _choose(q, k_cmp, lse, lengths, block_size, block_counts, softmax_scale):
     total_q, num_heads, head_dim = q.shape
     num_kv_heads, batch = k_cmp.shape[1], len(lengths.offsets_q) - 1
     indices = torch.empty(total_q, num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
-    max_blocks = triton.cdiv(_longest(lengths.offsets_k), block_size)
+    max_blocks = triton.cdiv(triton_tiles.longest(lengths.offsets_k), block_size)
     config = choice_config(q.dtype, num_heads // num_kv_heads, head_dim, max_blocks, block_counts)
-    num_tiles = triton.cdiv(_longest(lengths.offsets_q), config["TOKENS"])
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
     programs = min(_num_programs(q.device), num_tiles * batch * num_kv_heads)
     if programs:
         scratch_shape = programs * config["TOKENS"], config["NUM_BLOCKS_PAD"]
@@ -758,7 +755,11 @@ def compression_bwd(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     k_cmp, v_cmp = _pool(k, v, lengths, block_size)
-    batch, max_q, max_k = len(lengths.offsets_q) - 1, _longest(lengths.offsets_q), _longest(lengths.offsets_k)
+    batch, max_q, max_k = (
+        len(lengths.offsets_q) - 1,
+        triton_tiles.longest(lengths.offsets_q),
+        triton_tiles.longest(lengths.offsets_k),
+    )
     dq_config, dkv_config = backward_config(q.dtype, head_dim)
     shared = {
         "q_ptr": q,
@@ -805,7 +806,7 @@ def compression_bwd(
             num_splits=splits,
             num_kv_heads=num_kv_heads,
             HEAD_DIM=head_dim,
-            HEAD_PAD=_pad(head_dim),
+            HEAD_PAD=triton_tiles.pad(head_dim),
             BLOCK_SIZE=block_size,
             BLOCK_PAD=triton.next_power_of_2(block_size),
             num_warps=4,

@@ -11,9 +11,12 @@ its own, with `compiling_environment()`.
 
 import importlib.util
 import os
+from collections.abc import Iterable
 
 import pytest
 import torch
+
+from nsa_kernels import utils
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if DEVICE.type == "cpu":
@@ -29,3 +32,16 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cu
 def compiling_environment() -> dict[str, str]:
     """The environment of a process in which kernels are compiled rather than interpreted."""
     return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def lengths_on_device(case) -> utils.SequenceLengths:
+    """The lengths of an `nsa_cases.Case`, on `DEVICE`: kernels read them there."""
+    return utils.SequenceLengths.from_lengths(case.lengths_q, case.lengths_k, DEVICE)
+
+
+def on_device(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.to(DEVICE) for x in tensors]
+
+
+def on_cpu(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [x.cpu() for x in tensors]
