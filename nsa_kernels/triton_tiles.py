@@ -1,0 +1,49 @@
+"""What the selection and window kernels share: shapes of tiles, and one step of an online softmax."""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
+
+
+@triton.jit
+def softmax_step(score, row_max, row_sum, acc, v, member):
+    """Add one block of keys to the softmax state of the rows for which ``member`` holds.
+
+    The maximum starts at a finite number below every score, so a row that has seen nothing needs no case of its own.
+
+    Args:
+        score: [rows, keys], in units of log2, -inf where a row does not see a key.
+        row_max, row_sum: [rows]. acc: [rows, HEAD_PAD]. v: [keys, HEAD_PAD].
+        member: [rows], bool. Masking whole rows this way costs nothing per score.
+    """
+    new_max = tl.where(member, tl.maximum(row_max, tl.max(score, 1)), row_max)
+    p = tl.exp2(score - tl.where(member, new_max, float("inf"))[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new_max, row_sum, acc
+
+
+def pad(size: int) -> int:
+    """Extent of a tile dimension for ``size`` elements: a power of two that tl.dot accepts."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def longest(offsets: tuple[int, ...]) -> int:
+    """Length of the longest sequence."""
+    return max((end - start for start, end in zip(offsets, offsets[1:], strict=False)), default=0)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x, or a copy of it whose last dimension is contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether operands are so wide that tiles must be smaller to fit into shared memory."""
+    return dtype.itemsize > 2
