@@ -10,6 +10,7 @@ Where no sequence has more keys than block_counts * block_size, every block is s
 attention, runs as a window that reaches the first token, and no blocks are chosen.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -223,14 +224,29 @@ def _check(q: Tensor, lengths: utils.SequenceLengths) -> None:
             raise ValueError(f"{name} must be on {q.device}, like q, for backend='triton', got {tensor.device}")
 
 
-def _with_unit_stride(function: Callable) -> Callable:
-    """Kernels index the last dimension of q, k and v without a stride."""
+def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which kernels are launched on the device of x: Triton looks at the current device, not at tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _prepared(function: Callable) -> Callable:
+    """Kernels index the last dimension of q, k and v without a stride, and run on the current device."""
 
     @functools.wraps(function)
     def wrapped(q, k, v, *args):
-        return function(*map(triton_tiles.unit_stride, (q, k, v)), *args)
+        with _current_device(q):
+            return function(*map(triton_tiles.unit_stride, (q, k, v)), *args)
 
     return wrapped
+
+
+def _prepared_backward(backward: Callable) -> Callable:
+    @functools.wraps(backward)
+    def wrapped(ctx, do, *args):
+        with _current_device(do):
+            return backward(ctx, triton_tiles.unit_stride(do), *args)
+
+    return once_differentiable(utils.backward_without_autocast(wrapped))
 
 
 def selects_all(lengths: utils.SequenceLengths, reach: int) -> bool:
@@ -265,12 +281,10 @@ class _NSAFunction(torch.autograd.Function):
         return o
 
     @staticmethod
-    @once_differentiable
-    @utils.backward_without_autocast
+    @_prepared_backward
     def backward(ctx, do):
         q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa = ctx.saved_tensors
         lengths, block_size, reach, window_size, softmax_scale = ctx.args
-        do = triton_tiles.unit_stride(do)
         gates = g_cmp, g_slc, g_swa
         delta, lse = _fold_gates([o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa], gates, do)
         of_cmp = triton_compression.compression_bwd(q, k, v, lse[0], do, delta[0], lengths, block_size, softmax_scale)
@@ -298,17 +312,15 @@ class _BranchFunction(torch.autograd.Function):
         return o, lse
 
     @staticmethod
-    @once_differentiable
-    @utils.backward_without_autocast
+    @_prepared_backward
     def backward(ctx, do, _dlse):
         q, k, v, o, lse = ctx.saved_tensors
-        do = triton_tiles.unit_stride(do)
         delta = (o.float() * do.float()).sum(-1)
         dq, dk, dv = ctx.branch_backward(q, k, v, lse, do, delta)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
-@_with_unit_stride
+@_prepared
 def nsa_attention(
     q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
 ) -> Tensor:
@@ -323,7 +335,7 @@ def nsa_attention(
     )
 
 
-@_with_unit_stride
+@_prepared
 def compression_attention(q, k, v, lengths, block_size, softmax_scale) -> tuple[Tensor, Tensor]:
     """`compression.compression_attention` with checked arguments."""
     _check(q, lengths)
@@ -341,12 +353,12 @@ def compression_attention(q, k, v, lengths, block_size, softmax_scale) -> tuple[
 def select_blocks(q, k, lengths, block_size, block_counts, softmax_scale) -> Tensor:
     """`topk.select_blocks` with checked arguments."""
     _check(q, lengths)
-    q, k = triton_tiles.unit_stride(q), triton_tiles.unit_stride(k)
-    # The choice needs the lse of compression, whose output costs little beside it.
-    return triton_compression.compress_and_choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]
+    # The choice needs the lse of compression, whose output costs little beside it: k stands in for v.
+    choose = _prepared(triton_compression.compress_and_choose)
+    return choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]
 
 
-@_with_unit_stride
+@_prepared
 def selection_attention(q, k, v, block_indices, lengths, block_size, softmax_scale) -> tuple[Tensor, Tensor]:
     """`selection.selection_attention` with checked arguments."""
     _check(q, lengths)
@@ -362,7 +374,7 @@ def selection_attention(q, k, v, block_indices, lengths, block_size, softmax_sca
     return _BranchFunction.apply(q, k, v, forward, backward)
 
 
-@_with_unit_stride
+@_prepared
 def sliding_window_attention(q, k, v, lengths, window_size, softmax_scale) -> tuple[Tensor, Tensor]:
     """`sliding_window.sliding_window_attention` with checked arguments."""
     _check(q, lengths)
