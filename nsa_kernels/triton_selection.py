@@ -86,7 +86,7 @@ def _union_kernel(
             count += 1
             num_past += ((smallest + 1) * BLOCK_SIZE <= first + 1).to(tl.int32)
             smallest = tl.min(tl.min(tl.where(block > smallest, block, _NO_BLOCK), 1), 0)
-        # Sequences cannot overlap here: tile i of the sequence that starts at row c is number c // TOKENS + sequence + i.
+        # Sequences cannot overlap: tile i of the sequence that starts at row c is number c // TOKENS + sequence + i.
         slot = ((start_q // TOKENS + sequence + tile) * num_kv_heads + kv_head) * 2
         tl.store(counts_ptr + slot, count)
         tl.store(counts_ptr + slot + 1, num_past)
@@ -733,13 +733,12 @@ def selection_bwd(
     )
     heads = max(1, min(num_kv_heads, _MAX_SORTED_PAIRS // (total_q * block_indices.shape[2])))
     for head_start in range(0, num_kv_heads, heads):
-        _add_heads(
-            dk, dv, block_indices, lengths, block_size, head_start, min(heads, num_kv_heads - head_start), shared
-        )
+        num_passed = min(heads, num_kv_heads - head_start)
+        _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_passed, shared)
     return dq, dk, dv
 
 
-def _add_heads(dk, dv, block_indices, lengths, block_size, head_start, num_passed, shared):
+def _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_passed, shared):
     """Write dk and dv of num_passed key/value heads from head_start on."""
     total_q, num_kv_heads, block_counts = block_indices.shape
     q, device = shared["q_ptr"], block_indices.device

@@ -1,5 +1,7 @@
 """What the selection and window kernels share: shapes of tiles, and one step of an online softmax."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def pad(size: int) -> int:
 
 def longest(offsets: tuple[int, ...]) -> int:
     """Length of the longest sequence."""
-    return max((end - start for start, end in zip(offsets, offsets[1:], strict=False)), default=0)
+    return max((end - start for start, end in itertools.pairwise(offsets)), default=0)
 
 
 def unit_stride(x: Tensor) -> Tensor:
