@@ -241,10 +241,11 @@ def _prepared(function: Callable) -> Callable:
 
 
 def _prepared_backward(backward: Callable) -> Callable:
+    """The same for do. Autograd itself makes the device of do the current one."""
+
     @functools.wraps(backward)
     def wrapped(ctx, do, *args):
-        with _current_device(do):
-            return backward(ctx, triton_tiles.unit_stride(do), *args)
+        return backward(ctx, triton_tiles.unit_stride(do), *args)
 
     return once_differentiable(utils.backward_without_autocast(wrapped))
 
