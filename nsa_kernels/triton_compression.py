@@ -187,7 +187,7 @@ def _choose_rows(
     offs_i = tl.arange(0, COLUMNS // LANES)[:, None, None] * LANES
     offs_j = tl.arange(0, LANES)[None, None, :]
     offs_n = tl.arange(0, COUNTS_PAD)
-    for row in range(0, TOKENS, ROWS):
+    for row in tl.range(0, TOKENS, ROWS, disable_licm=True):
         offs_t = row + tl.arange(0, ROWS)
         mask_t = offs_t < num_tokens
         own = (first + offs_t) // BLOCK_SIZE
@@ -274,7 +274,9 @@ def _choose_blocks_kernel(
     """
     tile_rows: tl.constexpr = GROUP_PAD * TOKENS
     scratch_ptr += tl.program_id(0).to(tl.int64) * TOKENS * NUM_BLOCKS_PAD
-    for work in range(tl.program_id(0), num_tiles * batch * num_kv_heads, tl.num_programs(0)):
+    # Values kept across tiles would cost registers that the ranking needs.
+    num_work = num_tiles * batch * num_kv_heads
+    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
         kv_head = work % num_kv_heads
         sequence = work // num_kv_heads % batch
         tile_start = (num_tiles - 1 - work // (num_kv_heads * batch)) * TOKENS
