@@ -14,7 +14,7 @@ pytestmark = needs_triton
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "aot_report.py"
 
-KERNELS = '''
+KERNELS = """
 import sys
 
 sys.path.insert(0, "{tools}")
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         result = {{**aot_report.compile_launch(found, 90), "shapes": [str(elements)]}}
         print(result["local_loads"] + result["local_stores"] > 0, aot_report.failures([result]) != [])
     print(launch(64, 1)[0].constexprs, launch(64, 32)[0].divisible)
-'''
+"""
 
 
 def run(*command, timeout=1200):

@@ -285,9 +285,7 @@ def failures(results: list[dict]) -> list[str]:
             continue
         if result["shared"] > SHARED_MEMORY[result["target"]][0]:
             found.append(f"{where}: {result['shared']} bytes of shared memory")
-        if result["target"] in STRICT_TARGETS and (
-            result["stack"] or result["local_loads"] or result["local_stores"]
-        ):
+        if result["target"] in STRICT_TARGETS and (result["stack"] or result["local_loads"] or result["local_stores"]):
             found.append(
                 f"{where}: stack {result['stack']} bytes, {result['local_loads']} local loads, "
                 f"{result['local_stores']} local stores"
