@@ -133,12 +133,12 @@ def _attend_blocks(
         # [KEYS, HEAD_PAD]
         k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = (offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None])
             score = tl.where(seen, score, float("-inf"))
         member = mask_m & (((members >> offs_t) & 1) != 0)
-        row_max, row_sum, acc = triton_tiles.softmax_step(score, row_max, row_sum, acc, v, member)
+        row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, member)
     return row_max, row_sum, acc
 
 
@@ -193,7 +193,6 @@ def _selection_fwd_kernel(
         num_past = tl.load(counts_ptr + slot + 1)
         k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
         v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
-        scale_log2 = softmax_scale * _LOG2_E
 
         offs_m = tl.arange(0, ROWS)
         offs_d = tl.arange(0, HEAD_PAD)
@@ -204,6 +203,7 @@ def _selection_fwd_kernel(
         offs_q = (token + offs_t) * stride_qt + head * stride_qh
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+        q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
         row_max = tl.full([ROWS], _LOWEST, tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
@@ -269,12 +269,11 @@ def _dq_of_blocks(
         # [KEYS, HEAD_PAD]
         k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        if MASKED:
-            seen = (offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None])
-            score = tl.where(seen, score, float("-inf"))
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
         member = mask_m & (((members >> offs_t) & 1) != 0)
-        p = tl.exp2(score - tl.where(member, lse_log2, float("inf"))[:, None])
+        p = tl.exp2(score * scale_log2 - tl.where(member, lse_log2, float("inf"))[:, None])
+        if MASKED:
+            p = tl.where((offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -449,7 +448,7 @@ def _selection_bwd_dkv_kernel(
     each fetched about block_counts times in all, from the L2 cache where neighbouring blocks share tokens.
     """
     run = tl.program_id(0)
-    number = tl.load(run_block_ptr + run)
+    number = tl.load(run_block_ptr + run).to(tl.int32)
     if number < num_numbers:
         slot = number % num_slots
         kv_head = head_start + number // num_slots
@@ -476,7 +475,7 @@ def _selection_bwd_dkv_kernel(
 
         pair_end = tl.load(pair_start_ptr + number + 1)
         pair = tl.load(pair_start_ptr + number) + (run - tl.load(run_start_ptr + number)) * run_pairs
-        num_rows = tl.minimum(pair_end - pair, run_pairs) * GROUP_SIZE
+        num_rows = tl.minimum(pair_end - pair, run_pairs).to(tl.int32) * GROUP_SIZE
         dk = tl.zeros([KEYS, HEAD_PAD], tl.float32)
         dv = tl.zeros([KEYS, HEAD_PAD], tl.float32)
         for row in range(0, num_rows, ROWS):
@@ -495,9 +494,9 @@ def _selection_bwd_dkv_kernel(
             lse_log2 = tl.load(lse_ptr + offs_lse, mask=mask_m, other=float("inf")) * _LOG2_E
             delta = tl.load(delta_ptr + offs_lse, mask=mask_m, other=0.0)
             # [KEYS, ROWS]
-            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            score = tl.dot(k, tl.trans(q), input_precision="ieee")
             seen = key[:, None] <= (token + shift)[None, :]
-            p = tl.exp2(tl.where(seen, score, float("-inf")) - lse_log2[None, :])
+            p = tl.where(seen, tl.exp2(score * scale_log2 - lse_log2[None, :]), 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             ds = p * (dp - delta[None, :])

@@ -13,18 +13,26 @@ except ImportError as error:
 
 
 @triton.jit
-def softmax_step(score, row_max, row_sum, acc, v, member):
+def positive_scale(q, softmax_scale):
+    """q and scale in units of log2 with the same products; scale is positive, so the largest product stays so."""
+    scale_log2 = tl.maximum(tl.abs(softmax_scale * 1.4426950408889634), 1.0e-30)
+    return tl.where(softmax_scale < 0, -q, q), scale_log2
+
+
+@triton.jit
+def softmax_step(score, scale_log2, row_max, row_sum, acc, v, member):
     """Add one block of keys to the softmax state of the rows for which ``member`` holds.
 
     The maximum starts at a finite number below every score, so a row that has seen nothing needs no case of its own.
 
     Args:
-        score: [rows, keys], in units of log2, -inf where a row does not see a key.
-        row_max, row_sum: [rows]. acc: [rows, HEAD_PAD]. v: [keys, HEAD_PAD].
+        score: [rows, keys], products of queries and keys, -inf where a row does not see a key.
+        scale_log2: positive; scaling takes no instruction of its own.
+        row_max, row_sum: [rows], of scaled scores. acc: [rows, HEAD_PAD]. v: [keys, HEAD_PAD].
         member: [rows], bool. Masking whole rows this way costs nothing per score.
     """
-    new_max = tl.where(member, tl.maximum(row_max, tl.max(score, 1)), row_max)
-    p = tl.exp2(score - tl.where(member, new_max, float("inf"))[:, None])
+    new_max = tl.where(member, tl.maximum(row_max, tl.max(score, 1) * scale_log2), row_max)
+    p = tl.exp2(score * scale_log2 - tl.where(member, new_max, float("inf"))[:, None])
     shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")

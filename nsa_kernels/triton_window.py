@@ -74,9 +74,9 @@ def _window_fwd_kernel(
         offs_q = token * stride_qt + head * stride_qh
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+        q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
         k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
         v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
-        scale_log2 = softmax_scale * _LOG2_E
 
         row_max = tl.full([ROWS], _LOWEST, tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
@@ -89,10 +89,10 @@ def _window_fwd_kernel(
             # [KEYS, HEAD_PAD]
             k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
             v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             inside = (offs_n[None, :] <= position[:, None]) & (offs_n[None, :] > (position - window_size)[:, None])
             score = tl.where(inside, score, float("-inf"))
-            row_max, row_sum, acc = triton_tiles.softmax_step(score, row_max, row_sum, acc, v, mask_m)
+            row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, mask_m)
         row_sum = tl.where(mask_m, row_sum, 1.0)
         row_o = token * num_heads + head
         o = acc / row_sum[:, None]
@@ -166,10 +166,9 @@ def _window_bwd_dq_kernel(
             # [KEYS, HEAD_PAD]
             k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
             v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             inside = (offs_n[None, :] <= position[:, None]) & (offs_n[None, :] > (position - window_size)[:, None])
-            score = tl.where(inside, score, float("-inf"))
-            p = tl.exp2(score - lse_log2[:, None])
+            p = tl.where(inside, tl.exp2(score * scale_log2 - lse_log2[:, None]), 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision="ieee")
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
@@ -254,11 +253,10 @@ def _window_bwd_dkv_kernel(
             lse_log2 = tl.load(lse_base + offs_lse, mask=mask_m, other=float("inf")) * _LOG2_E
             delta = tl.load(delta_base + offs_lse, mask=mask_m, other=0.0)
             # [KEYS, ROWS]
-            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            score = tl.dot(k, tl.trans(q), input_precision="ieee")
             position = first + query
             inside = (offs_n[:, None] <= position[None, :]) & (offs_n[:, None] > (position - window_size)[None, :])
-            score = tl.where(inside, score, float("-inf"))
-            p = tl.exp2(score - lse_log2[None, :])
+            p = tl.where(inside, tl.exp2(score * scale_log2 - lse_log2[None, :]), 0.0)
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             ds = p * (dp - delta[None, :])
@@ -289,7 +287,7 @@ def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> tuple
     shared["num_stages"] = 1 if wide else 3
     dq = {**shared, "ROWS": 64 if wide else 128, "KEYS": 32 if wide else 64, "num_warps": 8}
     # Hopper's MMA gives 16 rows of keys to a warp: with more than four for 64 keys, warps would repeat each other.
-    dkv = {**shared, "ROWS": 32, "KEYS": 64, "num_warps": 4}
+    dkv = {**shared, "ROWS": 32, "KEYS": 64, "num_warps": 4, "num_stages": 1 if wide else 2}
     return dq, dkv
 
 
