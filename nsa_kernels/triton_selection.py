@@ -553,9 +553,8 @@ def _sum_runs_kernel(
         tl.store(dv_ptr + offs_out, dv, mask=mask)
 
 
-def union_config(group_size: int, rows: int, block_counts: int) -> dict:
-    """Constexprs and launch options of the kernel that lists a tile's blocks."""
-    tokens = max(1, min(_MAX_TILE_TOKENS, rows // group_size))
+def union_config(tokens: int, block_counts: int) -> dict:
+    """Constexprs and launch options of the kernel that lists the blocks of a tile of tokens."""
     return {
         "TOKENS": tokens,
         "TOKENS_PAD": triton.next_power_of_2(tokens),
@@ -564,32 +563,29 @@ def union_config(group_size: int, rows: int, block_counts: int) -> dict:
     }
 
 
-def _shapes(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int, rows: int) -> dict:
-    tokens = max(1, min(_MAX_TILE_TOKENS, rows // group_size))
-    keys = min(32 if triton_tiles.is_wide(dtype) else 64, triton_tiles.pad(block_size))
+def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int, num_stages: int) -> dict:
+    config = triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=num_stages)
+    tokens = max(1, min(_MAX_TILE_TOKENS, config["ROWS"] // group_size))
+    rows, keys = triton_tiles.pad(tokens * group_size), min(config["KEYS"], triton_tiles.pad(block_size))
     return {
+        **config,
         "GROUP_SIZE": group_size,
         "TOKENS": tokens,
-        "ROWS": triton_tiles.pad(tokens * group_size),
+        "ROWS": rows,
         "KEYS": keys,
         "PARTS": triton.cdiv(block_size, keys),
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "num_warps": max(4, config["num_warps"] * rows // config["ROWS"]),
     }
 
 
 def forward_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
-    """Constexprs and launch options of the forward kernel; its tile of tokens is that of its `union_config`."""
-    wide = triton_tiles.is_wide(dtype)
-    shapes = _shapes(dtype, group_size, head_dim, block_size, 64 if wide else 128)
-    return {**shapes, "num_warps": 8 if shapes["ROWS"] >= 128 else 4, "num_stages": 1 if wide else 3}
+    """Constexprs and launch options of the forward kernel."""
+    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
 
 
 def dq_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
     """Constexprs and launch options of the dq kernel."""
-    wide = triton_tiles.is_wide(dtype)
-    shapes = _shapes(dtype, group_size, head_dim, block_size, 64 if wide else 128)
-    return {**shapes, "num_warps": 8 if shapes["ROWS"] >= 128 else 4, "num_stages": 1 if wide else 2}
+    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=2)
 
 
 def dkv_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
@@ -597,23 +593,15 @@ def dkv_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: i
 
     Hopper's MMA gives 16 rows of keys to a warp: with more than four warps for 64 keys, warps would repeat each other.
     """
-    wide = triton_tiles.is_wide(dtype)
-    return {
-        "GROUP_SIZE": group_size,
-        "ROWS": 32,
-        "KEYS": min(64, triton_tiles.pad(block_size)),
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton_tiles.pad(head_dim),
-        "num_warps": 4,
-        "num_stages": 1 if wide else 3,
-    }
+    config = triton_tiles.extents(dtype, head_dim, 32, 64, num_warps=4, num_stages=3)
+    return {**config, "GROUP_SIZE": group_size, "KEYS": min(config["KEYS"], triton_tiles.pad(block_size))}
 
 
 def _unions(block_indices: Tensor, lengths: utils.SequenceLengths, block_size: int, config: dict) -> dict:
     """The lists of `_union_kernel`, as arguments of the kernels that walk them."""
     total_q, num_kv_heads, block_counts = block_indices.shape
     batch = len(lengths.offsets_q) - 1
-    shapes = union_config(config["GROUP_SIZE"], config["TOKENS"] * config["GROUP_SIZE"], block_counts)
+    shapes = union_config(config["TOKENS"], block_counts)
     union = torch.empty(block_indices.numel(), dtype=torch.int32, device=block_indices.device)
     members = torch.empty_like(union)
     counts = union.new_empty(total_q // shapes["TOKENS"] + batch, num_kv_heads, 2)

@@ -54,6 +54,27 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def extents(dtype: torch.dtype, head_dim: int, rows: int, keys: int, num_warps: int, num_stages: int) -> dict:
+    """Constexprs of a tile of rows x keys and its launch options.
+
+    In float32, which is there to check results with rather than to be fast, products are sums of single multiply-adds
+    that fill the registers: tiles shrink until they fit.
+    """
+    wide = is_wide(dtype)
+    if wide and head_dim > 64:
+        rows, keys, num_warps = 16, 16, 4
+    elif wide:
+        rows, keys, num_warps = min(rows, 64), min(keys, 32), 8
+    return {
+        "ROWS": rows,
+        "KEYS": keys,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": pad(head_dim),
+        "num_warps": num_warps,
+        "num_stages": 1 if wide else num_stages,
+    }
+
+
 def is_wide(dtype: torch.dtype) -> bool:
     """Whether operands are so wide that tiles must be smaller to fit into shared memory."""
     return dtype.itemsize > 2

@@ -268,27 +268,15 @@ def _window_bwd_dkv_kernel(
 
 def forward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> dict:
     """Constexprs and launch options of the forward kernel."""
-    wide = triton_tiles.is_wide(dtype)
-    return {
-        "GROUP_SIZE": group_size,
-        "ROWS": 64 if wide else 128,
-        "KEYS": 32 if wide else 64,
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton_tiles.pad(head_dim),
-        "num_warps": 8,
-        "num_stages": 1 if wide else 3,
-    }
+    return {"GROUP_SIZE": group_size, **triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=3)}
 
 
 def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> tuple[dict, dict]:
     """Constexprs and launch options of the dq kernel and of the dk, dv kernel."""
-    wide = triton_tiles.is_wide(dtype)
-    shared = {"GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_PAD": triton_tiles.pad(head_dim)}
-    shared["num_stages"] = 1 if wide else 3
-    dq = {**shared, "ROWS": 64 if wide else 128, "KEYS": 32 if wide else 64, "num_warps": 8}
+    dq = triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=3)
     # Hopper's MMA gives 16 rows of keys to a warp: with more than four for 64 keys, warps would repeat each other.
-    dkv = {**shared, "ROWS": 32, "KEYS": 64, "num_warps": 4, "num_stages": 1 if wide else 2}
-    return dq, dkv
+    dkv = triton_tiles.extents(dtype, head_dim, 32, 64, num_warps=4, num_stages=2)
+    return {"GROUP_SIZE": group_size, **dq}, {"GROUP_SIZE": group_size, **dkv}
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, lengths: utils.SequenceLengths, window_size: int) -> dict:

@@ -22,9 +22,9 @@ from nsa_kernels import reference, topk
 pytestmark = needs_triton
 
 CASES = [
-    Case((75,), heads=(7, 1), head_dim=32, block_size=16, block_counts=3),
+    Case((67,), heads=(7, 1), head_dim=32, block_size=16, block_counts=3),
     Case((33, 0, 40), (33, 5, 90), heads=(10, 2), head_dim=64, block_size=32, block_counts=2),
-    Case((135,), heads=(2, 2), head_dim=128, block_size=128, block_counts=2),
+    Case((30,), (150,), heads=(2, 1), head_dim=128, block_size=128, block_counts=2),
     Case((40, 1), (75, 1), heads=(8, 1), head_dim=96, block_size=24, block_counts=2),
     Case((1,), (131,), heads=(16, 1), head_dim=32, block_size=64, block_counts=5),
     Case((150,), heads=(1, 1), head_dim=32, block_size=16, block_counts=1),
@@ -89,7 +89,7 @@ def test_float32_matches_the_oracle(case):
 
 
 @settings(stable, max_examples=8)
-@given(cases())
+@given(cases().filter(lambda case: case.block_size > 1))
 def test_float32_matches_the_oracle_on_drawn_cases(case):
     check_float32(case, random_blocks(case))
 
@@ -207,6 +207,7 @@ def test_packed_sequences_equal_each_alone():
             assert torch.equal(x[rows] if len(x) == len(do) else x[keys], part)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of keys that are masked afterwards
 def test_softmax_survives_large_scores():
     """Scores of hundreds, of either sign."""
     case = Case((50,), heads=(2, 1), head_dim=32, block_size=16, block_counts=2)

@@ -13,7 +13,7 @@ pytestmark = needs_triton
 CASES = [
     Case((70,), heads=(7, 1), head_dim=32, window_size=13),
     Case((33, 0, 40), (33, 5, 90), heads=(10, 2), head_dim=64, window_size=33),
-    Case((67,), heads=(2, 2), head_dim=128, window_size=1),
+    Case((40,), heads=(2, 2), head_dim=128, window_size=1),
     Case((40, 1), (75, 1), heads=(8, 1), head_dim=96, window_size=500),
     Case((1,), (131,), heads=(16, 1), head_dim=32, window_size=130),
     Case((150,), heads=(1, 1), head_dim=32, window_size=64),
@@ -116,6 +116,7 @@ def test_packed_sequences_equal_each_alone():
             assert torch.equal(x[rows] if len(x) == len(do) else x[keys], part)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of keys that are masked afterwards
 def test_softmax_survives_large_scores():
     """Scores of hundreds, of either sign, and a negative scale."""
     case = Case((50,), heads=(2, 1), head_dim=32, window_size=20)
