@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import utils
+from . import triton_tiles, utils
 
 try:
     import triton
@@ -84,14 +84,14 @@ def _attend_keys(
         offs_n = block + tl.arange(0, BLOCK_N)
         k = _load_keys(k_ptr, offs_n, stride_kt, num_keys, HEAD_DIM, HEAD_PAD, MASKED)
         v = _load_keys(v_ptr, offs_n, stride_vt, num_keys, HEAD_DIM, HEAD_PAD, MASKED)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
         if MASKED:
             seen = (offs_n[None, :] <= position[:, None]) & (offs_n < stop)[None, :]
             score = tl.where(seen, score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1))
+        new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
         # A row that has seen nothing has no maximum: 0 instead makes its exponentials 0 rather than nan.
         finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(score - finite_max[:, None])
+        p = tl.exp2(score * scale_log2 - finite_max[:, None])
         shrink = tl.exp2(row_max - finite_max)
         row_sum = row_sum * shrink + tl.sum(p, 1)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -153,7 +153,7 @@ def _text_fwd_kernel(
 
     k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
     v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
-    scale_log2 = softmax_scale * _LOG2_E
+    q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
     row_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, HEAD_PAD], tl.float32)
@@ -363,18 +363,14 @@ def _text_bwd_dkv_kernel(
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-def _head_pad(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))
-
-
 def forward_config(dtype: torch.dtype, num_rows: int, group_size: int, head_dim: int) -> dict:
     """Constexprs and launch options of the forward kernel: tiles as small as the rows, up to 128."""
-    wide = dtype == torch.float32
+    wide = triton_tiles.is_wide(dtype)
     rows = max(16, min(16 if wide else 128, triton.next_power_of_2(num_rows * group_size)))
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
-        "HEAD_PAD": _head_pad(head_dim),
+        "HEAD_PAD": triton_tiles.pad(head_dim),
         "TILE_ROWS": rows,
         "BLOCK_N": 32 if wide else 64,
         "num_warps": 8 if rows == 128 or wide else 4,
@@ -382,18 +378,17 @@ def forward_config(dtype: torch.dtype, num_rows: int, group_size: int, head_dim:
     }
 
 
-def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> dict:
-    """Constexprs and launch options of both backward kernels."""
-    wide = dtype == torch.float32
-    return {
-        "GROUP_SIZE": group_size,
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": _head_pad(head_dim),
-        "TILE_ROWS": 16 if wide else 64,
-        "BLOCK_N": 32 if wide else 64,
-        "num_warps": 8,
-        "num_stages": 1 if wide else 2,
-    }
+def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> tuple[dict, dict]:
+    """Constexprs and launch options of the dq kernel and of the dk, dv kernel.
+
+    Hopper's MMA gives 16 rows to a warp: 64 keys, the rows of the latter's products, take four warps and no more.
+    """
+    wide = triton_tiles.is_wide(dtype)
+    shared = {"GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_PAD": triton_tiles.pad(head_dim)}
+    shared["num_stages"] = 1 if wide else 2
+    dq = {**shared, "TILE_ROWS": 16 if wide else 128, "BLOCK_N": 32 if wide else 64, "num_warps": 8}
+    dkv = {**shared, "TILE_ROWS": 16 if wide else 32, "BLOCK_N": 32 if wide else 64, "num_warps": 8 if wide else 4}
+    return dq, dkv
 
 
 def num_splits(num_tiles: int, num_keys: int, num_programs: int, min_keys: int = _MIN_KEYS_PER_SPLIT) -> int:
@@ -420,8 +415,8 @@ def torch_is_as_good(num_rows: int, num_keys: int) -> bool:
     """Whether torch's causal scaled_dot_product_attention does a run as fast as `text_rows_attention`.
 
     True for a run at the start of its sample, where rows and keys are the same tokens: there is nothing to split (the
-    rows alone fill the GPU, or the whole call is a launch), and torch may take cuDNN's kernel. Every other run would need
-    a mask there, which excludes its fast kernels, or FlashAttention 2 with the group's heads apart.
+    rows alone fill the GPU, or the whole call is a launch), and torch may take cuDNN's kernel. Every other run would
+    need a mask there, which excludes its fast kernels, or FlashAttention 2 with the group's heads apart.
     """
     return num_rows == num_keys
 
@@ -498,7 +493,7 @@ def text_rows_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v; do like q, contiguous in its last dimension. No atomics: repeated runs agree."""
     (rows, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
-    config = backward_config(q.dtype, heads // kv_heads, head_dim)
+    config, dkv_config = backward_config(q.dtype, heads // kv_heads, head_dim)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     arguments = {
@@ -508,15 +503,16 @@ def text_rows_bwd(
         "stride_doh": do.stride(1),
         "lse_ptr": lse,
         "delta_ptr": (o.float() * do.float()).sum(-1),
-        **config,
     }
     tiles = triton.cdiv(rows * (heads // kv_heads), config["TILE_ROWS"])
     splits = _splits(q.device, tiles * kv_heads, keys, config["num_warps"])
     dq_part = q.new_empty(splits, *q.shape, dtype=torch.float32) if splits > 1 else dq
-    _text_bwd_dq_kernel[(tiles, splits, kv_heads)](dq_ptr=dq_part, **arguments)
+    _text_bwd_dq_kernel[(tiles, splits, kv_heads)](dq_ptr=dq_part, **arguments, **config)
     if splits > 1:
         dq.copy_(dq_part.sum(0))
-    _text_bwd_dkv_kernel[(triton.cdiv(keys, config["BLOCK_N"]), kv_heads)](dk_ptr=dk, dv_ptr=dv, **arguments)
+    _text_bwd_dkv_kernel[(triton.cdiv(keys, dkv_config["BLOCK_N"]), kv_heads)](
+        dk_ptr=dk, dv_ptr=dv, **arguments, **dkv_config
+    )
     return dq, dk, dv
 
 
@@ -533,11 +529,7 @@ class _TextRowsFunction(torch.autograd.Function):
     @utils.backward_without_autocast
     def backward(ctx, do):
         q, k, v, o, lse, positions = ctx.saved_tensors
-        return *text_rows_bwd(q, k, v, o, lse, _rows_contiguous(do), ctx.softmax_scale, positions), None, None
-
-
-def _rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return *text_rows_bwd(q, k, v, o, lse, triton_tiles.unit_stride(do), ctx.softmax_scale, positions), None, None
 
 
 def text_rows_attention(
@@ -572,6 +564,6 @@ def text_rows_attention(
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
     if not q.shape[0]:
         return torch.empty_like(q)
-    q, k, v = map(_rows_contiguous, (q, k, v))
+    q, k, v = map(triton_tiles.unit_stride, (q, k, v))
     with utils.no_autocast(q.device):
         return _TextRowsFunction.apply(q, k, v, softmax_scale, positions)

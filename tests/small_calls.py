@@ -8,10 +8,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import torch
-from triton_testing import DEVICE
+import torch  # noqa: E402
+from triton_testing import DEVICE  # noqa: E402
 
-from nsa_kernels import attention, triton_text, utils
+from nsa_kernels import attention, triton_text, utils  # noqa: E402
 
 
 def main() -> None:

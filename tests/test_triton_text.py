@@ -90,6 +90,13 @@ def test_any_number_of_splits(splits, monkeypatch):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("softmax_scale", [-0.4, 0.0])
+def test_scales_that_are_not_positive(softmax_scale):
+    out, _, truth = run_all(inputs(5, 70, (7, 1), 32, torch.float32), softmax_scale)
+    for actual, expected in zip(out, truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = inputs(4, 100, (2, 1), 32, torch.float32)
     q, k = 60 * q, 60 * k
@@ -135,7 +142,7 @@ def test_refuses_what_it_cannot_do():
     q, k, v = inputs(3, 10, (2, 1), 32, torch.float32)
     with pytest.raises(ValueError, match="float64"):
         triton_text.text_rows_attention(q.double(), k.double(), v.double())
-    with pytest.raises(ValueError, match="3 queries .* only 2 keys"):
+    with pytest.raises(ValueError, match=r"3 queries .* only 2 keys"):
         triton_text.text_rows_attention(q, k[:2], v[:2])
     with pytest.raises(ValueError, match="positions must be int32 or int64"):
         triton_text.text_rows_attention(q, k, v, positions=torch.arange(2, device=DEVICE))
