@@ -40,6 +40,7 @@ _MAX_SORTED_PAIRS = 1 << 23
 @triton.jit
 def _union_kernel(
     block_indices_ptr,
+    sorted_ptr,
     union_ptr,
     members_ptr,
     counts_ptr,
@@ -56,7 +57,8 @@ def _union_kernel(
 
     Writes, per tile and key/value head, the blocks (union), which tokens selected each (members, a bit per token), and
     two counts: blocks, and those of them that lie wholly before every token of the tile. The list of a tile starts
-    where the tile's own pairs start: it cannot be longer than they are.
+    where the tile's own pairs start: it cannot be longer than they are. Each token's blocks are sorted into
+    sorted_ptr, like block_indices, and then merged: a step takes the smallest next block of all tokens.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start_q = tl.load(cu_seqlens_q_ptr + sequence)
@@ -73,19 +75,27 @@ def _union_kernel(
         # [TOKENS_PAD, COUNTS_PAD]
         block = tl.load(block_indices_ptr + rows[:, None] + offs_n[None, :], mask=mask, other=-1).to(tl.int32)
         own = (first + offs_t) // BLOCK_SIZE
-        block = tl.where((block >= 0) & (block <= own[:, None]), block, _NO_BLOCK)
+        block = tl.sort(tl.where((block >= 0) & (block <= own[:, None]), block, _NO_BLOCK), 1)
+        tl.store(sorted_ptr + rows[:, None] + offs_n[None, :], block, mask=mask)
+        tl.debug_barrier()
 
         start = (token * num_kv_heads + kv_head * num_tokens) * block_counts
         count = 0
         num_past = 0
-        smallest = tl.min(tl.min(block, 1), 0)
+        place = tl.zeros([TOKENS_PAD], tl.int32)
+        # [TOKENS_PAD]
+        block = tl.load(sorted_ptr + rows, mask=offs_t < num_tokens, other=_NO_BLOCK)
+        smallest = tl.min(block, 0)
         while smallest != _NO_BLOCK:
-            selects = tl.max((block == smallest).to(tl.int32), 1)
+            selects = block == smallest
             tl.store(union_ptr + start + count, smallest)
-            tl.store(members_ptr + start + count, tl.sum(selects << offs_t, 0))
+            tl.store(members_ptr + start + count, tl.sum(selects.to(tl.int32) << offs_t, 0))
             count += 1
             num_past += ((smallest + 1) * BLOCK_SIZE <= first + 1).to(tl.int32)
-            smallest = tl.min(tl.min(tl.where(block > smallest, block, _NO_BLOCK), 1), 0)
+            place += selects.to(tl.int32)
+            following = tl.load(sorted_ptr + rows + place, mask=selects & (place < block_counts), other=_NO_BLOCK)
+            block = tl.where(selects, following, block)
+            smallest = tl.min(block, 0)
         # Sequences cannot overlap: tile i of the sequence that starts at row c is number c // TOKENS + sequence + i.
         slot = ((start_q // TOKENS + sequence + tile) * num_kv_heads + kv_head) * 2
         tl.store(counts_ptr + slot, count)
@@ -345,9 +355,7 @@ def _selection_bwd_dq_kernel(
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
         do = tl.load(do_ptr + offs_do[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
-        # A token without visible keys has lse -inf, and scores of -inf alone: their difference would be nan.
         lse_log2 = tl.load(lse_ptr + row_o, mask=mask_m, other=float("inf")) * _LOG2_E
-        lse_log2 = tl.where(lse_log2 == float("-inf"), float("inf"), lse_log2)
         delta = tl.load(delta_ptr + row_o, mask=mask_m, other=0.0)
         dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
         WHOLE: tl.constexpr = KEYS * PARTS == BLOCK_SIZE
@@ -555,12 +563,19 @@ def _sum_runs_kernel(
 
 def union_config(tokens: int, block_counts: int) -> dict:
     """Constexprs and launch options of the kernel that lists the blocks of a tile of tokens."""
+    tokens_pad, counts_pad = triton.next_power_of_2(tokens), triton.next_power_of_2(block_counts)
     return {
         "TOKENS": tokens,
-        "TOKENS_PAD": triton.next_power_of_2(tokens),
-        "COUNTS_PAD": triton.next_power_of_2(block_counts),
-        "num_warps": 1 if block_counts <= 64 else 4,
+        "TOKENS_PAD": tokens_pad,
+        "COUNTS_PAD": counts_pad,
+        "num_warps": max(1, min(16, tokens_pad * counts_pad // 1024)),
     }
+
+
+def pairs_config(block_counts: int) -> dict:
+    """Constexprs and launch options of the kernel that numbers the pairs."""
+    counts_pad = triton.next_power_of_2(block_counts)
+    return {"TOKENS": max(1, 1024 // counts_pad), "COUNTS_PAD": counts_pad, "num_warps": 4}
 
 
 def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int, num_stages: int) -> dict:
@@ -616,7 +631,9 @@ def _unions(block_indices: Tensor, lengths: utils.SequenceLengths, block_size: i
         "block_counts": block_counts,
         "BLOCK_SIZE": block_size,
     }
-    _union_kernel[(num_tiles, num_kv_heads, batch)](block_indices_ptr=block_indices, **lists, **shapes)
+    _union_kernel[(num_tiles, num_kv_heads, batch)](
+        block_indices_ptr=block_indices, sorted_ptr=torch.empty_like(union), **lists, **shapes
+    )
     return lists
 
 
@@ -739,7 +756,8 @@ def _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_pa
     max_runs = num_numbers + num_passed * total_q * block_counts // run_pairs
 
     numbers = torch.empty(num_passed * total_q * block_counts, dtype=torch.int32, device=device)
-    _pair_keys_kernel[(triton.cdiv(max_q, 32), num_passed, batch)](
+    pairs_shapes = pairs_config(block_counts)
+    _pair_keys_kernel[(triton.cdiv(max_q, pairs_shapes["TOKENS"]), num_passed, batch)](
         block_indices_ptr=block_indices,
         key_ptr=numbers,
         cu_seqlens_q_ptr=lengths.cu_seqlens_q,
@@ -749,10 +767,8 @@ def _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_pa
         num_kv_heads=num_kv_heads,
         num_slots=num_slots,
         block_counts=block_counts,
-        TOKENS=32,
-        COUNTS_PAD=triton.next_power_of_2(block_counts),
         BLOCK_SIZE=block_size,
-        num_warps=4,
+        **pairs_shapes,
     )
     numbers, pairs = numbers.sort(stable=True)
     # Pairs are in the order of (head, token, slot).

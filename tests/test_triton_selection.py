@@ -220,6 +220,12 @@ def test_softmax_survives_large_scores():
         torch.testing.assert_close(dv.double(), truth[4], rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_may_be_any_number(scale):
+    with mock.patch.object(Case, "scale", scale):
+        check_float32(CASES[1], random_blocks(CASES[1]))
+
+
 def test_memory_is_linear_in_tokens():
     """Twice the tokens, twice the memory; and no more than a few copies of the gradients. No kernel runs."""
     from nsa_kernels import triton_selection

@@ -1,5 +1,7 @@
 """The Triton kernels of the window branch, forward and backward."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,18 +52,7 @@ def run_on_device(case: Case, inputs: list[torch.Tensor], do: torch.Tensor) -> l
     return on_cpu(run(case, on_device(inputs), do.to(DEVICE)))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_matches_the_oracle(case):
-    inputs = case.qkv(torch.float32)
-    with PoisonedEmpty():
-        actual = run_on_device(case, inputs, random_do(case, torch.float32))
-    truth = expected(case, inputs, torch.float64)
-    assert_all_close(actual, [x.float() for x in truth], torch.float32)
-
-
-@settings(stable, max_examples=15)
-@given(cases())
-def test_float32_matches_the_oracle_on_drawn_cases(case):
+def check_float32(case: Case) -> None:
     inputs = case.qkv(torch.float32)
     with PoisonedEmpty():
         actual = run_on_device(case, inputs, random_do(case, torch.float32))
@@ -69,6 +60,23 @@ def test_float32_matches_the_oracle_on_drawn_cases(case):
         assert_all_close(actual, [x.float() for x in expected(case, inputs, torch.float64)], torch.float32)
     else:
         assert not any(gradient.any() for gradient in actual[3:])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_float32_matches_the_oracle(case):
+    check_float32(case)
+
+
+@settings(stable, max_examples=15)
+@given(cases())
+def test_float32_matches_the_oracle_on_drawn_cases(case):
+    check_float32(case)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scale_may_be_any_number(scale):
+    with mock.patch.object(Case, "scale", scale):
+        check_float32(CASES[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -118,7 +126,7 @@ def test_packed_sequences_equal_each_alone():
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")  # of keys that are masked afterwards
 def test_softmax_survives_large_scores():
-    """Scores of hundreds, of either sign, and a negative scale."""
+    """Scores of hundreds, of either sign."""
     case = Case((50,), heads=(2, 1), head_dim=32, window_size=20)
     q, k, v = case.qkv(torch.float32)
     do = random_do(case, torch.float32)
