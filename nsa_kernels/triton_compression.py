@@ -545,13 +545,16 @@ def _mean_unpool_kernel(
 
 
 def forward_config(dtype: torch.dtype, head_dim: int) -> dict:
-    """Constexprs and launch options of the forward kernel."""
+    """Constexprs and launch options of the forward kernel.
+
+    Tiles of float32 are small, here and below: without matrix instructions, whole rows of operands live in registers.
+    """
     wide = triton_tiles.is_wide(dtype)
     return {
         "HEAD_DIM": head_dim,
         "HEAD_PAD": triton_tiles.pad(head_dim),
-        "TOKENS": 64 if wide else 128,
-        "BLOCKS": 32 if wide else 64,
+        "TOKENS": 32 if wide else 128,
+        "BLOCKS": 16 if wide else 64,
         "num_warps": 8,
         "num_stages": 1 if wide else 3,
     }
@@ -565,9 +568,9 @@ def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks
     """
     wide = triton_tiles.is_wide(dtype)
     heads = triton.next_power_of_2(group_size)
-    tokens = max(16 // heads, min(_TILE_TOKENS, _TILE_ROWS // heads), 1)
-    blocks = 32 if wide else 64
-    columns = max(blocks, triton.next_power_of_2(max_blocks))
+    tokens = max(16 // heads, min(_TILE_TOKENS, (_TILE_ROWS // 4 if wide else _TILE_ROWS) // heads), 1)
+    blocks = 16 if wide else 64
+    columns = max(64, triton.next_power_of_2(max_blocks))
     lanes = min(128, columns // 4)
     return {
         "GROUP_SIZE": group_size,
@@ -582,7 +585,7 @@ def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks
         "WRITE_COLUMNS": min(256, columns // 4),
         "LANES": lanes,
         "COUNTS_PAD": triton.next_power_of_2(block_counts),
-        "num_warps": 4,
+        "num_warps": 8 if wide else 4,
         "num_stages": 1 if wide else 2,
     }
 
@@ -597,7 +600,7 @@ def backward_config(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict]:
         "num_stages": 1 if wide else 2,
     }
     dq = {**shared, "TOKENS": 64 if wide else 128, "BLOCKS": 32 if wide else 64}
-    dkv = {**shared, "TOKENS": 32 if wide else 64, "BLOCKS": 64}
+    dkv = {**shared, "TOKENS": 32 if wide else 64, "BLOCKS": 16 if wide else 64}
     return dq, dkv
 
 

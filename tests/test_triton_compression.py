@@ -20,6 +20,8 @@ CASES = [
     Case((20,), heads=(40, 1), head_dim=32, block_size=4, block_counts=4),  # a group larger than 32
 ]
 
+SMALL = Case((9, 16), (9, 61), heads=(6, 2), head_dim=32, block_size=8, block_counts=3)
+
 
 def results(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """[o, dq, dk, dv], lse and block indices of the kernels, with poisoned outputs and scratch."""
@@ -129,7 +131,7 @@ def test_choice_over_many_blocks_ranks_as_sorting_does(levels, block_counts):
 
 def test_early_tokens_of_a_long_sequence_rank_few_columns():
     """Tiles whose columns fit into a quarter of the scratch take another path through the same code."""
-    case = Case((150,), heads=(16, 1), head_dim=16, block_size=1, block_counts=3)
+    case = Case((100,), heads=(1, 1), head_dim=16, block_size=1, block_counts=3)
     q, k, v = case.qkv(torch.float32)
     lengths = lengths_on_device(case)
     indices = triton_compression.compress_and_choose(*on_device([q, k, v]), lengths, 1, 3, case.scale)[2]
@@ -138,17 +140,17 @@ def test_early_tokens_of_a_long_sequence_rank_few_columns():
 
 
 def test_identical_runs():
-    first, second = ((*out, lse, indices) for out, lse, indices in (results(CASES[0], torch.float32) for _ in range(2)))
+    first, second = ((*out, lse, indices) for out, lse, indices in (results(SMALL, torch.float32) for _ in range(2)))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_large_scores_stay_finite():
-    case = CASES[0]
+    case = SMALL
     q, k, v = on_device(case.qkv(torch.float32))
     lengths = lengths_on_device(case)
     o, lse, indices = triton_compression.compress_and_choose(q * 60, k * 60, v, lengths, 8, 3, case.scale)
     # Most importances underflow to 0 and tie; each list still ascends to the token's own block.
-    position = torch.cat([torch.arange(50), torch.arange(41, 61)])
+    position = torch.cat([torch.arange(9), torch.arange(45, 61)])
     assert torch.equal(indices.amax(-1).cpu(), (position // 8)[:, None].expand(-1, 2).int())
     assert ((indices[..., 1:] > indices[..., :-1]) | (indices[..., 1:] == -1)).all()
     gradients = triton_compression.compression_bwd(q * 60, k * 60, v, lse, o, (o * o).sum(-1), lengths, 8, case.scale)
