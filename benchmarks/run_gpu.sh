@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-peers=() dry=() seconds_tests=150 seconds_oracle=90 seconds_kernels=190 seconds_prefill=110
+peers=() dry=() seconds_tests=170 seconds_oracle=70 seconds_kernels=175 seconds_prefill=100
 while (($#)); do
     case "$1" in
         --peers) peers=(--peers "$2"); shift 2 ;;

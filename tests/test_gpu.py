@@ -212,7 +212,8 @@ def test_no_overflow_in_long_sequences():
         o, dq, dk, dv = results[name]
         for what, a, e in zip(("o", "dq", "dk", "dv"), (o[rows], dq[rows], dk, dv), expected, strict=True):
             error = ((a.float() - e).norm() / e.norm()).item()
-            assert error < 1e-2, f"{name}, {what}: relative error {error:.1e}"
+            # bf16 rounds to 4e-3; an index that wrapped around is wrong by about 1.
+            assert error < 2e-2, f"{name}, {what}: relative error {error:.1e}"
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
@@ -224,7 +225,7 @@ def test_compute_sanitizer_finds_nothing(tool):
             pytest.skip("compute-sanitizer is not installed")
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *command]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation of its own
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this machine")
     assert done.returncode == 0 and "small calls: done" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
