@@ -153,7 +153,7 @@ def _text_fwd_kernel(
 
     k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
     v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
-    q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
+    scale_log2 = softmax_scale * _LOG2_E
     row_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([TILE_ROWS], tl.float32)
     acc = tl.zeros([TILE_ROWS, HEAD_PAD], tl.float32)
@@ -454,6 +454,8 @@ def text_rows_fwd(
 ) -> tuple[Tensor, Tensor]:
     """o like q, and lse (rows, num_heads), fp32, natural log; arguments as those of `text_rows_attention`."""
     (rows, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
+    # The kernel takes maxima before it scales, which needs a scale above zero.
+    q, softmax_scale = (-q if softmax_scale < 0 else q), max(abs(softmax_scale), 1e-30)
     config = forward_config(q.dtype, rows, heads // kv_heads, head_dim)
     tiles = triton.cdiv(rows * (heads // kv_heads), config["TILE_ROWS"])
     splits = _splits(q.device, tiles * kv_heads, keys, config["num_warps"])

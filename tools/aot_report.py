@@ -245,7 +245,7 @@ def compile_launch(launch: Launch, target: int) -> dict:
     except Exception as error:  # whatever the compiler raises belongs into the report
         return {**result, "error": f"{type(error).__name__}: {str(error)[-500:]}"}
     result["shared"] = compiled.metadata.shared
-    result |= read_machine_code(compiled.asm["cubin"])
+    result |= read_resources(compiled)
     result["compile_seconds"] = round(time.perf_counter() - start, 2)
     warps, (_, shared_per_sm) = result["num_warps"], SHARED_MEMORY[target]
     by_registers = 65536 // (-(-result["registers"] // 8) * 8 * 32 * warps)
@@ -254,24 +254,28 @@ def compile_launch(launch: Launch, target: int) -> dict:
     return result
 
 
-def read_machine_code(cubin: bytes) -> dict:
+def read_resources(compiled) -> dict:
+    """Registers and stack of the machine code, local memory accesses where there is a stack, matrix instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
-    matrix = {"wgmma": r"\bHGMMA\.", "mma.sync": r"\bHMMA\.", "tcgen05": r"\bUTC\w*MMA\b"}
+
+        def dump(option):
+            return subprocess.run([str(tool), option, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = dump("--dump-resource-usage")
+        read = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # noqa: E731
+        # Disassembling takes longer than compiling, and without a stack there is nothing to look for.
+        code = dump("--dump-sass") if read("STACK") or read("LOCAL") else ""
+    matrix = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
+    counts = {kind: len(re.findall(pattern, compiled.asm["ptx"])) for kind, pattern in matrix.items()}
     return {
-        "registers": int(re.search(r"\bREG:(\d+)", usage).group(1)),
-        "stack": int(re.search(r"\bSTACK:(\d+)", usage).group(1)),
-        "local_loads": count(r"\bLDL\b"),
-        "local_stores": count(r"\bSTL\b"),
-        "matrix_instructions": {kind: n for kind, pattern in matrix.items() if (n := count(pattern))},
-        "instructions": count(r"(?m)^\s+/\*[0-9a-f]{4,}\*/\s"),
+        "registers": read("REG"),
+        "stack": read("STACK") + read("LOCAL"),
+        "local_loads": len(re.findall(r"\bLDL\b", code)),
+        "local_stores": len(re.findall(r"\bSTL\b", code)),
+        "matrix_instructions": {kind: count for kind, count in counts.items() if count},
     }
 
 
