@@ -131,8 +131,9 @@ def _attend_blocks(
     """Softmax state after the blocks begin:end of the union; MASKED unless every row may see all of them."""
     offs_d = tl.arange(0, HEAD_PAD)
     mask_d = offs_d < HEAD_DIM
+    # Loaded a step early, the block is there when the loads that it addresses are issued ahead of their use.
+    block = tl.load(union_base + begin, mask=begin < end, other=0)
     for step in range(begin * PARTS, end * PARTS):
-        block = tl.load(union_base + step // PARTS)
         members = tl.load(members_base + step // PARTS)
         offs_n = step % PARTS * KEYS + tl.arange(0, KEYS)
         key = block * BLOCK_SIZE + offs_n
@@ -149,6 +150,7 @@ def _attend_blocks(
             score = tl.where(seen, score, float("-inf"))
         member = mask_m & (((members >> offs_t) & 1) != 0)
         row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, member)
+        block = tl.load(union_base + (step + 1) // PARTS, mask=step + 1 < end * PARTS, other=0)
     return row_max, row_sum, acc
 
 
@@ -213,7 +215,7 @@ def _selection_fwd_kernel(
         offs_q = (token + offs_t) * stride_qt + head * stride_qh
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
-        q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
+        scale_log2 = softmax_scale * _LOG2_E
         row_max = tl.full([ROWS], _LOWEST, tl.float32)
         row_sum = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
@@ -267,8 +269,9 @@ def _dq_of_blocks(
     """dq / softmax_scale after the blocks begin:end of the union; MASKED as in `_attend_blocks`."""
     offs_d = tl.arange(0, HEAD_PAD)
     mask_d = offs_d < HEAD_DIM
+    # Loaded a step early, the block is there when the loads that it addresses are issued ahead of their use.
+    block = tl.load(union_base + begin, mask=begin < end, other=0)
     for step in range(begin * PARTS, end * PARTS):
-        block = tl.load(union_base + step // PARTS)
         members = tl.load(members_base + step // PARTS)
         offs_n = step % PARTS * KEYS + tl.arange(0, KEYS)
         key = block * BLOCK_SIZE + offs_n
@@ -287,6 +290,7 @@ def _dq_of_blocks(
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        block = tl.load(union_base + (step + 1) // PARTS, mask=step + 1 < end * PARTS, other=0)
     return dq
 
 
@@ -600,7 +604,7 @@ def forward_config(dtype: torch.dtype, group_size: int, head_dim: int, block_siz
 
 def dq_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
     """Constexprs and launch options of the dq kernel."""
-    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=2)
+    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
 
 
 def dkv_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
@@ -669,6 +673,7 @@ def selection_fwd(
         lse: (total_q, num_heads), fp32, natural log; -inf for a token without blocks.
     """
     q, k, v = (triton_tiles.unit_stride(x) for x in (q, k, v))
+    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if q.shape[0] == 0:

@@ -13,13 +13,6 @@ except ImportError as error:
 
 
 @triton.jit
-def positive_scale(q, softmax_scale):
-    """q and scale in units of log2 with the same products; scale is positive, so the largest product stays so."""
-    scale_log2 = tl.maximum(tl.abs(softmax_scale * 1.4426950408889634), 1.0e-30)
-    return tl.where(softmax_scale < 0, -q, q), scale_log2
-
-
-@triton.jit
 def softmax_step(score, scale_log2, row_max, row_sum, acc, v, member):
     """Add one block of keys to the softmax state of the rows for which ``member`` holds.
 
@@ -37,6 +30,11 @@ def softmax_step(score, scale_log2, row_max, row_sum, acc, v, member):
     row_sum = row_sum * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
     return new_max, row_sum, acc
+
+
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """q and scale with the same products, and a positive scale: the largest product is then the largest score."""
+    return (q if softmax_scale >= 0 else -q), max(abs(softmax_scale), 1e-30)
 
 
 def pad(size: int) -> int:

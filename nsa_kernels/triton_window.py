@@ -74,7 +74,7 @@ def _window_fwd_kernel(
         offs_q = token * stride_qt + head * stride_qh
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
-        q, scale_log2 = triton_tiles.positive_scale(q, softmax_scale)
+        scale_log2 = softmax_scale * _LOG2_E
         k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
         v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
 
@@ -309,6 +309,7 @@ def window_fwd(
         o: like q, contiguous. lse: (total_q, num_heads), fp32, natural log.
     """
     q, k, v = (triton_tiles.unit_stride(x) for x in (q, k, v))
+    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     config = forward_config(q.dtype, q.shape[1] // k.shape[1], q.shape[2])
