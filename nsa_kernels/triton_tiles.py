@@ -59,10 +59,9 @@ def extents(dtype: torch.dtype, head_dim: int, rows: int, keys: int, num_warps: 
     that fill the registers: tiles shrink until they fit.
     """
     wide = is_wide(dtype)
-    if wide and head_dim > 64:
-        rows, keys, num_warps = 16, 16, 4
-    elif wide:
-        rows, keys, num_warps = min(rows, 64), min(keys, 32), 8
+    if wide:
+        rows, keys = (16, 16) if head_dim > 64 else (min(rows, 64), min(keys, 32))
+        num_warps = 8
     return {
         "ROWS": rows,
         "KEYS": keys,
