@@ -62,9 +62,7 @@ def run(*command, timeout=1200):
     )
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("target", ["80", "90", "100"])
 def test_kernels_compile_without_spills(target):
     """At the shapes of a 7B model; `make aot` goes through all others."""
     result = run(TOOL, "--shapes", "7B", "7B, 1K", "--targets", target, "--output", "")
