@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check clean
+.PHONY: demo test check aot clean
 
 demo: .venv/installed  ## build a tiny checkpoint, convert it, and ask it about a video
 	$(BIN)/python demo/run_demo.py $(ARGS)
@@ -21,6 +21,9 @@ check: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
 	touch $@
+
+aot: .venv/installed  ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed; writes docs/aot.md
+	$(BIN)/python tools/aot_report.py
 
 clean:
 	rm -rf .venv demo/output build *.egg-info

@@ -166,18 +166,19 @@ def nsa_attention(
         q: (total_q, num_heads, head_dim), fp16, bf16, fp32 or fp64. Where a sequence has fewer queries than keys, its
             queries are its last tokens.
         k, v: (total_k, num_kv_heads, head_dim), like q; query head h reads key/value head h // group_size.
-        g_cmp, g_slc, g_swa: (total_q, num_heads), floating point: the gates, already in (0, 1).
+        g_cmp, g_slc, g_swa: (total_q, num_heads), floating point: the gates, already in [0, 1]. The triton backend
+            gives NaN gradients for negative ones.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32; k's defaults to q's. Reading them waits for a GPU: callers with
             many layers pass one `SequenceLengths` as cu_seqlens_q instead. Sequences may be empty.
         block_size: tokens per key block, of compression and selection.
         block_counts: blocks per token and key/value head in selection, the token's own included.
         window_size: tokens in the window, the query itself included.
         softmax_scale: defaults to head_dim**-0.5.
-        backend: one of `BACKENDS`.
+        backend: one of `BACKENDS`; "triton" takes no fp64, head_dim up to 128, and all tensors on a CUDA device.
     Returns:
         o: like q.
     Raises:
-        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+        ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
     utils.check_positive(block_size=block_size, block_counts=block_counts, window_size=window_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
@@ -194,4 +195,8 @@ def nsa_attention(
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.nsa_attention_ref(*args)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.nsa_attention(*args)
         return _NSAFunction.apply(*args)

@@ -216,7 +216,7 @@ def compression_attention(
         o: like q, 0 with zero gradient where no block is visible.
         lse: (total_q, num_heads), fp32 (fp64 for fp64), natural log, -inf where no block is visible; no gradient.
     Raises:
-        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+        ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
     utils.check_positive(block_size=block_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
@@ -226,4 +226,8 @@ def compression_attention(
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.compression_attention_ref(q, k, v, lengths, block_size, softmax_scale)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.compression_attention(q, k, v, lengths, block_size, softmax_scale)
         return _CompressionFunction.apply(q, k, v, lengths, block_size, softmax_scale)

@@ -281,7 +281,7 @@ def selection_attention(
         o: like q, 0 with zero gradient for a token without blocks.
         lse: (total_q, num_heads), fp32 (fp64 for fp64), natural log, -inf for a token without blocks; no gradient.
     Raises:
-        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+        ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
     utils.check_positive(block_size=block_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
@@ -300,4 +300,8 @@ def selection_attention(
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax_scale)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.selection_attention(q, k, v, block_indices, lengths, block_size, softmax_scale)
         return _SelectionFunction.apply(q, k, v, block_indices, lengths, block_size, softmax_scale)

@@ -166,7 +166,7 @@ def sliding_window_attention(
     Returns:
         o: like q. lse: (total_q, num_heads), fp32 (fp64 for fp64), natural log; no gradient.
     Raises:
-        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+        ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
     utils.check_positive(window_size=window_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
@@ -176,4 +176,8 @@ def sliding_window_attention(
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.sliding_window_attention_ref(q, k, v, lengths, window_size, softmax_scale)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.sliding_window_attention(q, k, v, lengths, window_size, softmax_scale)
         return _WindowFunction.apply(q, k, v, lengths, window_size, softmax_scale)

@@ -65,7 +65,7 @@ def select_blocks(
         block_indices: (total_q, num_kv_heads, block_counts), int32, counted from the start of the sequence's keys,
             ascending, -1 at the end where fewer blocks exist.
     Raises:
-        ValueError: an argument has a wrong value, shape or dtype. NotImplementedError: backend is "triton".
+        ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
     utils.check_positive(block_size=block_size, block_counts=block_counts)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
@@ -75,6 +75,10 @@ def select_blocks(
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.select_blocks_ref(q, k, lengths, block_size, block_counts, softmax_scale)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.select_blocks(q, k, lengths, block_size, block_counts, softmax_scale)
         return _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale)
 
 

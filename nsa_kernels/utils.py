@@ -5,8 +5,10 @@ owns rows ``cu_seqlens[i] : cu_seqlens[i + 1]``. When it has fewer queries than 
 """
 
 import functools
+import importlib.util
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -142,23 +144,42 @@ def resolve_lengths(cu_seqlens_q: Tensor | SequenceLengths, cu_seqlens_k: Tensor
 
 
 def resolve_backend(name: str, device: torch.device | str) -> str:
-    """The backend that ``name`` stands for on ``device``: "reference" or "torch".
+    """The backend that ``name`` stands for on ``device``: "reference", "torch" or "triton".
+
+    "auto" is "torch" everywhere so far, and says so once.
 
     Raises:
-        ValueError: an unknown name.
-        NotImplementedError: "triton", which this version does not have.
+        ValueError: an unknown name, or "triton" without a CUDA device and without TRITON_INTERPRET=1.
+        ImportError: "triton" is not installed.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {name!r}")
+    device_type = torch.device(device).type
+    if name == "auto":
+        return _choose(device_type)
     if name == "triton":
-        raise NotImplementedError("backend='triton' is not part of this version: use 'torch', 'reference' or 'auto'")
-    return _choose(torch.device(device).type) if name == "auto" else name
+        if not _has_triton():
+            raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'")
+        if device_type != "cuda" and not (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            raise ValueError(
+                f"backend='triton' needs q on a CUDA device, got {device_type}: use 'torch', 'reference' or 'auto' "
+                "(for tests, TRITON_INTERPRET=1 set before triton is imported runs it on a CPU)"
+            )
+    return name
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def _choose(device_type: str) -> str:
     """What "auto" means on a kind of device; cached, so it is said once."""
-    logger.warning("backend='auto' chose 'torch' on %s", device_type)
+    hint = ""
+    if device_type == "cuda":
+        # A wrong answer costs more than a slow one: this changes when the kernels have passed their tests on a GPU.
+        hint = "; 'triton' is there and faster, but has not been run on a GPU yet (benchmarks/run_gpu.sh tests it)"
+    logger.warning("backend='auto' chose 'torch' on %s%s", device_type, hint)
     return "torch"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_testing  # noqa: F401  first: it decides how Triton runs, before transformers imports it
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "demo"))

@@ -162,7 +162,7 @@ def with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> lis
     """[output, gradients of the inputs] for a fixed random gradient of the output."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
     output = function(*inputs)
-    do = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(output.dtype)
+    do = torch.randn(output.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(output)
     gradients = torch.autograd.grad(output, inputs, do, allow_unused=True, materialize_grads=True)
     return [output.detach(), *gradients]
 

@@ -269,8 +269,6 @@ def test_backends():
         "torch",
         "reference",
     ]
-    with pytest.raises(NotImplementedError, match="backend='triton' is not part of this version"):
-        attend(LONG, "triton")(*LONG.qkv(), *LONG.gates())
     with pytest.raises(ValueError, match=r"backend must be one of .* got 'flash'"):
         attend(LONG, "flash")(*LONG.qkv(), *LONG.gates())
 

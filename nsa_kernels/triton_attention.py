@@ -1,0 +1,389 @@
+"""Native Sparse Attention with the Triton kernels: the branches, their gated sum, and the gradients of all of it.
+
+    o = g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa
+
+Backward never forms the gradient of a branch, gate * do. A gate enters the gradients of its branch only as gate * p,
+and gate * exp(score - lse) = exp(score - (lse - log gate)): the kernels get do as it is, the row sum of o * do, which
+is also the gradient of the gate, and an lse from which log gate is taken. So gates must not be negative.
+
+Where no sequence has more keys than block_counts * block_size, every block is selected: then selection is dense causal
+attention, runs as a window that reaches the first token, and no blocks are chosen.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import triton_compression, triton_selection, triton_tiles, triton_window, utils
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
+
+_MAX_HEAD_DIM = 128
+# Elements that a program of the elementwise kernels handles.
+_ELEMENTS = 4096
+
+
+@triton.jit
+def _gated_sum_kernel(
+    o_cmp_ptr,
+    o_slc_ptr,
+    o_swa_ptr,
+    g_cmp_ptr,
+    g_slc_ptr,
+    g_swa_ptr,
+    o_ptr,
+    stride_g_cmp_t,
+    stride_g_cmp_h,
+    stride_g_slc_t,
+    stride_g_slc_h,
+    stride_g_swa_t,
+    stride_g_swa_h,
+    num_rows,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """o of ROWS rows, a row being one head of one token. Grid: (tiles,). Reads three outputs, writes one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // num_heads, row % num_heads
+    offs_d = tl.arange(0, HEAD_PAD)
+    mask_row = row < num_rows
+    mask = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
+    offs = row[:, None] * HEAD_DIM + offs_d[None, :]
+    # [ROWS]
+    g_cmp = tl.load(g_cmp_ptr + token * stride_g_cmp_t + head * stride_g_cmp_h, mask=mask_row, other=0.0)
+    g_slc = tl.load(g_slc_ptr + token * stride_g_slc_t + head * stride_g_slc_h, mask=mask_row, other=0.0)
+    g_swa = tl.load(g_swa_ptr + token * stride_g_swa_t + head * stride_g_swa_h, mask=mask_row, other=0.0)
+    # [ROWS, HEAD_PAD]
+    o = g_cmp.to(tl.float32)[:, None] * tl.load(o_cmp_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    o += g_slc.to(tl.float32)[:, None] * tl.load(o_slc_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    o += g_swa.to(tl.float32)[:, None] * tl.load(o_swa_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(o_ptr + offs, o.to(o_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fold_gate(o_ptr, offs, mask, do, gate, lse_ptr, delta_ptr, gated_lse_ptr, row, mask_row):
+    """delta and the gated lse of one branch."""
+    o = tl.load(o_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    lse = tl.load(lse_ptr + row, mask=mask_row, other=0.0)
+    gate = gate.to(tl.float32)
+    is_open = (gate != 0.0) & (lse != float("-inf"))
+    # A closed gate leaves no probability: exp(score - inf). A row that saw nothing has none to begin with.
+    gated_lse = tl.where(is_open, lse - tl.log(tl.where(is_open, gate, 1.0)), float("inf"))
+    tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=mask_row)
+    tl.store(gated_lse_ptr + row, gated_lse, mask=mask_row)
+
+
+@triton.jit
+def _fold_gates_kernel(
+    o_cmp_ptr,
+    o_slc_ptr,
+    o_swa_ptr,
+    g_cmp_ptr,
+    g_slc_ptr,
+    g_swa_ptr,
+    lse_cmp_ptr,
+    lse_slc_ptr,
+    lse_swa_ptr,
+    do_ptr,
+    delta_ptr,
+    gated_lse_ptr,
+    stride_g_cmp_t,
+    stride_g_cmp_h,
+    stride_g_slc_t,
+    stride_g_slc_h,
+    stride_g_swa_t,
+    stride_g_swa_h,
+    stride_dot,
+    stride_doh,
+    num_rows,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """delta and gated lse, (3, num_rows) each, from one walk over do and the outputs. Grid: (tiles,)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    token, head = row // num_heads, row % num_heads
+    offs_d = tl.arange(0, HEAD_PAD)
+    mask_row = row < num_rows
+    mask = mask_row[:, None] & (offs_d < HEAD_DIM)[None, :]
+    offs = row[:, None] * HEAD_DIM + offs_d[None, :]
+    # [ROWS, HEAD_PAD]
+    offs_do = (token * stride_dot + head * stride_doh)[:, None] + offs_d[None, :]
+    do = tl.load(do_ptr + offs_do, mask=mask, other=0.0).to(tl.float32)
+    # [ROWS]
+    g_cmp = tl.load(g_cmp_ptr + token * stride_g_cmp_t + head * stride_g_cmp_h, mask=mask_row, other=0.0)
+    g_slc = tl.load(g_slc_ptr + token * stride_g_slc_t + head * stride_g_slc_h, mask=mask_row, other=0.0)
+    g_swa = tl.load(g_swa_ptr + token * stride_g_swa_t + head * stride_g_swa_h, mask=mask_row, other=0.0)
+    _fold_gate(o_cmp_ptr, offs, mask, do, g_cmp, lse_cmp_ptr, delta_ptr, gated_lse_ptr, row, mask_row)
+    delta_ptr += num_rows
+    gated_lse_ptr += num_rows
+    _fold_gate(o_slc_ptr, offs, mask, do, g_slc, lse_slc_ptr, delta_ptr, gated_lse_ptr, row, mask_row)
+    delta_ptr += num_rows
+    gated_lse_ptr += num_rows
+    _fold_gate(o_swa_ptr, offs, mask, do, g_swa, lse_swa_ptr, delta_ptr, gated_lse_ptr, row, mask_row)
+
+
+@triton.jit
+def _add_kernel(a_ptr, b_ptr, c_ptr, sum_ptr, num_elements, ELEMENTS: tl.constexpr):
+    """a + b + c in float32, rounded once. Grid: (tiles,)."""
+    offs = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = offs < num_elements
+    total = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    total += tl.load(c_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(sum_ptr + offs, total.to(sum_ptr.dtype.element_ty), mask=mask)
+
+
+def _rows_config(head_dim: int) -> dict:
+    head_pad = triton_tiles.pad(head_dim)
+    return {"HEAD_DIM": head_dim, "HEAD_PAD": head_pad, "ROWS": _ELEMENTS // head_pad, "num_warps": 4}
+
+
+def _gate_arguments(gates: tuple[Tensor, Tensor, Tensor]) -> dict:
+    arguments = {}
+    for name, gate in zip(("cmp", "slc", "swa"), gates, strict=True):
+        arguments |= {f"g_{name}_ptr": gate, f"stride_g_{name}_t": gate.stride(0), f"stride_g_{name}_h": gate.stride(1)}
+    return arguments
+
+
+def _gated_sum(outputs: list[Tensor], gates: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    o = torch.empty_like(outputs[0])
+    num_rows, config = o.shape[0] * o.shape[1], _rows_config(o.shape[2])
+    if num_rows:
+        _gated_sum_kernel[(triton.cdiv(num_rows, config["ROWS"]),)](
+            o_cmp_ptr=outputs[0],
+            o_slc_ptr=outputs[1],
+            o_swa_ptr=outputs[2],
+            o_ptr=o,
+            num_rows=num_rows,
+            num_heads=o.shape[1],
+            **_gate_arguments(gates),
+            **config,
+        )
+    return o
+
+
+def _fold_gates(outputs: list[Tensor], lses: list[Tensor], gates: tuple, do: Tensor) -> tuple[Tensor, Tensor]:
+    """delta and gated lse of the three branches, (3, total_q, num_heads) each."""
+    delta, gated_lse = (torch.empty(3, *do.shape[:2], dtype=torch.float32, device=do.device) for _ in range(2))
+    num_rows, config = do.shape[0] * do.shape[1], _rows_config(do.shape[2])
+    if num_rows:
+        _fold_gates_kernel[(triton.cdiv(num_rows, config["ROWS"]),)](
+            o_cmp_ptr=outputs[0],
+            o_slc_ptr=outputs[1],
+            o_swa_ptr=outputs[2],
+            lse_cmp_ptr=lses[0],
+            lse_slc_ptr=lses[1],
+            lse_swa_ptr=lses[2],
+            do_ptr=do,
+            delta_ptr=delta,
+            gated_lse_ptr=gated_lse,
+            stride_dot=do.stride(0),
+            stride_doh=do.stride(1),
+            num_rows=num_rows,
+            num_heads=do.shape[1],
+            **_gate_arguments(gates),
+            **config,
+        )
+    return delta, gated_lse
+
+
+def _add(parts: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    total = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
+    if total.numel():
+        _add_kernel[(triton.cdiv(total.numel(), _ELEMENTS),)](
+            a_ptr=parts[0],
+            b_ptr=parts[1],
+            c_ptr=parts[2],
+            sum_ptr=total,
+            num_elements=total.numel(),
+            ELEMENTS=_ELEMENTS,
+            num_warps=4,
+        )
+    return total
+
+
+def _check(q: Tensor, lengths: utils.SequenceLengths) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"q must be float16, bfloat16 or float32 for backend='triton', got {q.dtype}")
+    if q.shape[2] > _MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM} for backend='triton', got {q.shape[2]}")
+    for name, tensor in (("cu_seqlens_q", lengths.cu_seqlens_q), ("cu_seqlens_k", lengths.cu_seqlens_k)):
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on {q.device}, like q, for backend='triton', got {tensor.device}")
+
+
+def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Context in which kernels are launched on the device of x: Triton looks at the current device, not at tensors."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _prepared(function: Callable) -> Callable:
+    """Kernels index the last dimension of q, k and v without a stride, and run on the current device."""
+
+    @functools.wraps(function)
+    def wrapped(q, k, v, *args):
+        with _current_device(q):
+            return function(*map(triton_tiles.unit_stride, (q, k, v)), *args)
+
+    return wrapped
+
+
+def _prepared_backward(backward: Callable) -> Callable:
+    """The same for do. Autograd itself makes the device of do the current one."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, do, *args):
+        return backward(ctx, triton_tiles.unit_stride(do), *args)
+
+    return once_differentiable(utils.backward_without_autocast(wrapped))
+
+
+def selects_all(lengths: utils.SequenceLengths, reach: int) -> bool:
+    """Whether every token selects every block it could, with block_counts * block_size = reach: then choice is void.
+
+    The switch is where the two are equal, not where one is faster: the dense branch reads the same keys as selection
+    would, a tile of keys per tile of queries, without lists of blocks and without the kernel that chooses them.
+    """
+    return triton_tiles.longest(lengths.offsets_k) <= reach
+
+
+class _NSAFunction(torch.autograd.Function):
+    """Keeps the inputs, the outputs and lse of the branches, and the chosen blocks: memory linear in the tokens."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale):
+        reach = block_size * block_counts
+        if selects_all(lengths, reach):
+            o_cmp, lse_cmp = triton_compression.compress(q, k, v, lengths, block_size, softmax_scale)
+            o_slc, lse_slc = triton_window.window_fwd(q, k, v, lengths, reach, softmax_scale)
+            indices = None
+        else:
+            o_cmp, lse_cmp, indices = triton_compression.compress_and_choose(
+                q, k, v, lengths, block_size, block_counts, softmax_scale
+            )
+            o_slc, lse_slc = triton_selection.selection_fwd(q, k, v, indices, lengths, block_size, softmax_scale)
+        o_swa, lse_swa = triton_window.window_fwd(q, k, v, lengths, window_size, softmax_scale)
+        o = _gated_sum([o_cmp, o_slc, o_swa], (g_cmp, g_slc, g_swa))
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa)
+            ctx.args = lengths, block_size, reach, window_size, softmax_scale
+        return o
+
+    @staticmethod
+    @_prepared_backward
+    def backward(ctx, do):
+        q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa = ctx.saved_tensors
+        lengths, block_size, reach, window_size, softmax_scale = ctx.args
+        gates = g_cmp, g_slc, g_swa
+        delta, lse = _fold_gates([o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa], gates, do)
+        of_cmp = triton_compression.compression_bwd(q, k, v, lse[0], do, delta[0], lengths, block_size, softmax_scale)
+        if indices is None:
+            of_slc = triton_window.window_bwd(q, k, v, lse[1], do, delta[1], lengths, reach, softmax_scale)
+        else:
+            of_slc = triton_selection.selection_bwd(
+                q, k, v, indices, lse[1], do, delta[1], lengths, block_size, softmax_scale
+            )
+        of_swa = triton_window.window_bwd(q, k, v, lse[2], do, delta[2], lengths, window_size, softmax_scale)
+        dq, dk, dv = (_add(parts, q.dtype) for parts in zip(of_cmp, of_slc, of_swa, strict=True))
+        dgates = (d.to(gate.dtype) for d, gate in zip(delta, gates, strict=True))
+        return dq, dk, dv, *dgates, None, None, None, None, None
+
+
+class _BranchFunction(torch.autograd.Function):
+    """One branch by itself: forward (q, k, v) -> o, lse, and backward (q, k, v, lse, do, delta) -> dq, dk, dv."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, branch_forward, branch_backward):
+        o, lse = branch_forward(q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.branch_backward = branch_backward
+        ctx.mark_non_differentiable(lse)
+        return o, lse
+
+    @staticmethod
+    @_prepared_backward
+    def backward(ctx, do, _dlse):
+        q, k, v, o, lse = ctx.saved_tensors
+        delta = (o.float() * do.float()).sum(-1)
+        dq, dk, dv = ctx.branch_backward(q, k, v, lse, do, delta)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+@_prepared
+def nsa_attention(
+    q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
+) -> Tensor:
+    """`attention.nsa_attention` with checked arguments; gates must not be negative.
+
+    Raises:
+        ValueError: what the kernels do not support.
+    """
+    _check(q, lengths)
+    return _NSAFunction.apply(
+        q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
+    )
+
+
+@_prepared
+def compression_attention(q, k, v, lengths, block_size, softmax_scale) -> tuple[Tensor, Tensor]:
+    """`compression.compression_attention` with checked arguments."""
+    _check(q, lengths)
+    settings = {"lengths": lengths, "block_size": block_size, "softmax_scale": softmax_scale}
+    return _BranchFunction.apply(
+        q,
+        k,
+        v,
+        functools.partial(triton_compression.compress, **settings),
+        functools.partial(triton_compression.compression_bwd, **settings),
+    )
+
+
+@torch.no_grad()
+def select_blocks(q, k, lengths, block_size, block_counts, softmax_scale) -> Tensor:
+    """`topk.select_blocks` with checked arguments."""
+    _check(q, lengths)
+    # The choice needs the lse of compression, whose output costs little beside it: k stands in for v.
+    choose = _prepared(triton_compression.compress_and_choose)
+    return choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]
+
+
+@_prepared
+def selection_attention(q, k, v, block_indices, lengths, block_size, softmax_scale) -> tuple[Tensor, Tensor]:
+    """`selection.selection_attention` with checked arguments."""
+    _check(q, lengths)
+    block_indices = block_indices.to(torch.int32).contiguous()
+    settings = {"lengths": lengths, "block_size": block_size, "softmax_scale": softmax_scale}
+
+    def forward(q, k, v):
+        return triton_selection.selection_fwd(q, k, v, block_indices, **settings)
+
+    def backward(q, k, v, lse, do, delta):
+        return triton_selection.selection_bwd(q, k, v, block_indices, lse, do, delta, **settings)
+
+    return _BranchFunction.apply(q, k, v, forward, backward)
+
+
+@_prepared
+def sliding_window_attention(q, k, v, lengths, window_size, softmax_scale) -> tuple[Tensor, Tensor]:
+    """`sliding_window.sliding_window_attention` with checked arguments."""
+    _check(q, lengths)
+    settings = {"lengths": lengths, "window_size": window_size, "softmax_scale": softmax_scale}
+    return _BranchFunction.apply(
+        q,
+        k,
+        v,
+        functools.partial(triton_window.window_fwd, **settings),
+        functools.partial(triton_window.window_bwd, **settings),
+    )

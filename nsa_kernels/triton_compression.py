@@ -1,0 +1,819 @@
+"""Compression branch and block choice (Triton backend).
+
+    k~_j = mean of k[jB : (j+1)B], v~_j likewise;  token t sees block j iff (j+1)B <= t+1
+    p[h,t,j] = softmax_j(scale * q[t,h] . k~_j);   o[t,h] = sum_j p[h,t,j] v~_j
+    I[t,g,j] = sum over the query heads h of group g of p[h,t,j],  j < t // B;  the block t // B is always chosen
+
+Native Sparse Attention (arXiv:2502.11089), equations 7 to 12, with mean pooling. Attention over the blocks gives o and
+lse; a second kernel recomputes the scores of all heads of a group with the final lse, sums them into importance, and
+ranks it with a bisection on its bits. Importance goes to a scratch row per token of a tile; the scratch belongs to the
+program, not to the tile, and programs walk many tiles, so that it never leaves the L2 cache. The choice is a kernel of
+its own because attention then needs no padding of the group, because it leaves registers for two programs of
+the choice per multiprocessor, one ranking while the other multiplies, and because short sequences need no choice at
+all; it costs one more read of q.
+
+The pooled rows of the sequence whose keys start at row c are kept at row c // B: sequences cannot overlap there, and
+nothing has to be counted on the device or waited for.
+"""
+
+import torch
+from torch import Tensor
+
+from . import triton_tiles, utils
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+# Rows of a tile in block choice, tokens x heads of a group, and the most tokens in it: each has a row in the scratch.
+_TILE_ROWS, _TILE_TOKENS = 128, 64
+# Scores that a program ranks at a time: they stay in registers during the bisection.
+_CHOICE_ELEMENTS = 8192
+# Programs of block choice per multiprocessor, and in the interpreter, where a few make tiles share a scratch.
+_PROGRAMS_PER_SM, _PROGRAMS_INTERPRETED = 2, 3
+# Programs that the dk, dv kernel aims for: it splits the queries until there are so many.
+_DKV_PROGRAMS, _DKV_MAX_SPLITS = 1024, 32
+
+
+@triton.jit
+def _mean_pool_kernel(
+    k_ptr,
+    v_ptr,
+    k_cmp_ptr,
+    v_cmp_ptr,
+    cu_seqlens_k_ptr,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+):
+    """Means of one block of keys and of values. Grid: (most blocks of a sequence, num_kv_heads, batch)."""
+    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(cu_seqlens_k_ptr + sequence)
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start
+    if (block + 1) * BLOCK_SIZE <= num_keys:
+        offs_n = tl.arange(0, BLOCK_PAD)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_d = offs_d < HEAD_DIM
+        mask = (offs_n < BLOCK_SIZE)[:, None] & mask_d[None, :]
+        rows = (start + block * BLOCK_SIZE + offs_n).to(tl.int64)
+        row_cmp = (start // BLOCK_SIZE + block).to(tl.int64) * num_kv_heads + head
+        # [BLOCK_PAD, HEAD_PAD]
+        k = tl.load(k_ptr + rows[:, None] * stride_kt + head * stride_kh + offs_d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + rows[:, None] * stride_vt + head * stride_vh + offs_d[None, :], mask=mask, other=0.0)
+        k_cmp = tl.sum(k.to(tl.float32), 0) / BLOCK_SIZE
+        v_cmp = tl.sum(v.to(tl.float32), 0) / BLOCK_SIZE
+        tl.store(k_cmp_ptr + row_cmp * HEAD_DIM + offs_d, k_cmp.to(k_cmp_ptr.dtype.element_ty), mask=mask_d)
+        tl.store(v_cmp_ptr + row_cmp * HEAD_DIM + offs_d, v_cmp.to(v_cmp_ptr.dtype.element_ty), mask=mask_d)
+
+
+@triton.jit
+def _compression_fwd_kernel(
+    q_ptr,
+    k_cmp_ptr,
+    v_cmp_ptr,
+    o_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    num_heads,
+    num_kv_heads,
+    softmax_scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """o and lse of TOKENS tokens of one query head. Grid: (tiles, num_heads, batch), the last tiles first."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
+    if num_tokens > 0:
+        first = num_keys - num_queries + tile_start
+        kv_head = head // (num_heads // num_kv_heads)
+        offs_t = tl.arange(0, TOKENS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_t = offs_t < num_tokens
+        mask_d = offs_d < HEAD_DIM
+        mask_q = mask_t[:, None] & mask_d[None, :]
+        token = (start_q + tile_start + offs_t).to(tl.int64)
+        # [TOKENS, HEAD_PAD]
+        q = tl.load(q_ptr + token[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask=mask_q, other=0.0)
+        visible = (first + offs_t + 1) // BLOCK_SIZE
+        visible_to_any = (first + num_tokens) // BLOCK_SIZE
+        scale_log2 = softmax_scale * _LOG2_E
+        offs_cmp = ((start_k // BLOCK_SIZE).to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+        stride_j = num_kv_heads * HEAD_DIM
+        row_max = tl.full([TOKENS], float("-inf"), tl.float32)
+        row_sum = tl.zeros([TOKENS], tl.float32)
+        acc = tl.zeros([TOKENS, HEAD_PAD], tl.float32)
+        for block in range(0, visible_to_any, BLOCKS):
+            offs_j = block + tl.arange(0, BLOCKS)
+            mask_j = (offs_j < visible_to_any)[:, None] & mask_d[None, :]
+            offs_kv = offs_cmp + offs_j.to(tl.int64)[:, None] * stride_j + offs_d[None, :]
+            # [BLOCKS, HEAD_PAD]
+            k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+            v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.where(offs_j[None, :] < visible[:, None], score, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(score, 1))
+            # A row that has seen nothing has no maximum: 0 instead makes its exponentials 0 rather than nan.
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(score - finite_max[:, None])
+            shrink = tl.exp2(row_max - finite_max)
+            row_sum = row_sum * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+            row_max = new_max
+        seen = row_sum != 0.0
+        row_sum = tl.where(seen, row_sum, 1.0)
+        lse = tl.where(seen, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+        row = token * num_heads + head
+        o_row = o_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(o_row, (acc / row_sum[:, None]).to(o_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(lse_ptr + row, lse, mask=mask_t)
+
+
+@triton.jit
+def _keys(row_scores, column, own):
+    """Scores as integers that rank like them: the bits before column own, the highest there, -1 after it."""
+    score = tl.load(row_scores + column, mask=column < own, other=0.0)
+    return tl.where(column < own, score.to(tl.int32, bitcast=True), tl.where(column == own, 0x7FFFFFFF, -1))
+
+
+@triton.jit
+def _choose_rows(
+    scratch_ptr,
+    indices_ptr,
+    stride_scratch,
+    stride_it,
+    first,
+    num_tokens,
+    num_columns,
+    block_counts,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WRITE_COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    COUNTS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The block_counts best blocks of TOKENS tokens, ROWS at a time, from the first COLUMNS scores of their rows.
+
+    The bits of non-negative floats order as the floats do. Bisection over these 31 bits finds the largest threshold
+    that block_counts scores reach, and stops when exactly so many do; equal scores at the threshold are taken from the
+    left. The token's own block has the highest key, blocks after it the lowest. No sort, no atomics, ascending output.
+
+    Column 128 i + j of a row is element [i, row, j]: a row then lies in one warp, j over the lanes and i over the
+    registers, and counting needs neither shared memory nor barriers.
+    """
+    offs_i = tl.arange(0, COLUMNS // LANES)[:, None, None] * LANES
+    offs_j = tl.arange(0, LANES)[None, None, :]
+    offs_n = tl.arange(0, COUNTS_PAD)
+    for row in tl.range(0, TOKENS, ROWS, disable_licm=True):
+        offs_t = row + tl.arange(0, ROWS)
+        mask_t = offs_t < num_tokens
+        own = (first + offs_t) // BLOCK_SIZE
+        row_scores = (scratch_ptr + offs_t * stride_scratch)[None, :, None]
+        # [COLUMNS // LANES, ROWS, LANES]
+        key = _keys(row_scores, offs_i + offs_j, own[None, :, None])
+        threshold = tl.zeros([ROWS], tl.int32)
+        reached = tl.where(mask_t, own + 1, 0)
+        step = 1 << 30
+        while (step > 0) & (tl.max(reached, 0) > block_counts):
+            # Whether to go on is decided by all warps together, once per eight bits. Steps of 0 change nothing.
+            for _ in range(8):
+                candidate = threshold + step
+                count = tl.sum(tl.sum((key >= candidate[None, :, None]).to(tl.int32), 0), 1)
+                threshold = tl.where(count >= block_counts, candidate, threshold)
+                reached = tl.where(count >= block_counts, count, reached)
+                step = step >> 1
+        num_equal = block_counts - tl.sum(tl.sum((key > threshold[None, :, None]).to(tl.int32), 0), 1)
+
+        # The keys are read again, a few at a time, so that they and their running counts are not all held at once.
+        row_indices = indices_ptr + offs_t.to(tl.int64) * stride_it
+        found_larger = tl.zeros([ROWS], tl.int32)
+        found_equal = tl.zeros([ROWS], tl.int32)
+        for start in range(0, num_columns + 1, WRITE_COLUMNS):
+            column = start + tl.arange(0, WRITE_COLUMNS // LANES)[:, None, None] * LANES + offs_j
+            some = _keys(row_scores, column, own[None, :, None])
+            larger = (some > threshold[None, :, None]).to(tl.int32)
+            equal = (some == threshold[None, :, None]).to(tl.int32)
+            # Both counts fit into one integer: there are at most WRITE_COLUMNS of each.
+            both = (larger << 16) + equal
+            by_register = tl.sum(both, 2)
+            running = tl.cumsum(both, 2) + (tl.cumsum(by_register, 0) - by_register)[:, :, None]
+            rank_larger = found_larger[None, :, None] + (running >> 16)
+            rank_equal = found_equal[None, :, None] + (running & 0xFFFF)
+            allowed = num_equal[None, :, None]
+            chosen = (larger > 0) | ((equal > 0) & (rank_equal <= allowed))
+            place = rank_larger + tl.minimum(rank_equal, allowed) - 1
+            value = tl.broadcast_to(column, [WRITE_COLUMNS // LANES, ROWS, LANES])
+            tl.store(row_indices[None, :, None] + place, value, mask=chosen & mask_t[None, :, None])
+            found = tl.sum(by_register, 0)
+            found_larger += found >> 16
+            found_equal += found & 0xFFFF
+        absent = (offs_n[None, :] > own[:, None]) & (offs_n < block_counts)[None, :] & mask_t[:, None]
+        tl.store(row_indices[:, None] + offs_n[None, :], tl.full([ROWS, COUNTS_PAD], -1, tl.int32), mask=absent)
+
+
+@triton.jit
+def _choose_blocks_kernel(
+    q_ptr,
+    k_cmp_ptr,
+    lse_ptr,
+    indices_ptr,
+    scratch_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    num_tiles,
+    batch,
+    num_kv_heads,
+    block_counts,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    GROUP_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NUM_BLOCKS_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROWS_QUARTER: tl.constexpr,
+    WRITE_COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
+    COUNTS_PAD: tl.constexpr,
+):
+    """The chosen blocks of every token and key/value head. Grid: (programs,); each takes every programs-th tile.
+
+    A tile is TOKENS tokens x the heads of one group: column h * TOKENS + t of scores that are computed transposed,
+    [BLOCKS, GROUP_PAD * TOKENS]. An MMA accumulator then has all heads of a token in one thread, and the sum over the
+    group adds registers. Importance goes to the program's scratch, TOKENS rows that stay in the L2 cache, and is ranked
+    from there. Tiles are taken from the end of the sequences, the longest first; the key/value heads of one tile run
+    side by side. Groups are padded to a power of two in the tile only.
+    """
+    tile_rows: tl.constexpr = GROUP_PAD * TOKENS
+    scratch_ptr += tl.program_id(0).to(tl.int64) * TOKENS * NUM_BLOCKS_PAD
+    # Values kept across tiles would cost registers that the ranking needs.
+    num_work = num_tiles * batch * num_kv_heads
+    for work in tl.range(tl.program_id(0), num_work, tl.num_programs(0), disable_licm=True):
+        kv_head = work % num_kv_heads
+        sequence = work // num_kv_heads % batch
+        tile_start = (num_tiles - 1 - work // (num_kv_heads * batch)) * TOKENS
+        start_q = tl.load(cu_seqlens_q_ptr + sequence)
+        start_k = tl.load(cu_seqlens_k_ptr + sequence)
+        num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+        num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+        num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
+        if num_tokens > 0:
+            first = num_keys - num_queries + tile_start
+            # Columns that are ranked: the blocks before a token's own.
+            num_columns = (first + num_tokens - 1) // BLOCK_SIZE
+            stride_it = num_kv_heads * block_counts
+            tile_token = (start_q + tile_start).to(tl.int64)
+            tile_indices_ptr = indices_ptr + (tile_token * num_kv_heads + kv_head) * block_counts
+            if num_columns < block_counts:
+                offs_t = tl.arange(0, TOKENS)
+                offs_n = tl.arange(0, COUNTS_PAD)
+                own = (first + offs_t) // BLOCK_SIZE
+                index = tl.where(offs_n[None, :] <= own[:, None], offs_n[None, :], -1)
+                mask_n = (offs_t < num_tokens)[:, None] & (offs_n < block_counts)[None, :]
+                row_ptr = tile_indices_ptr + offs_t.to(tl.int64) * stride_it
+                tl.store(row_ptr[:, None] + offs_n[None, :], index, mask=mask_n)
+            else:
+                offs_m = tl.arange(0, tile_rows)
+                offs_d = tl.arange(0, HEAD_PAD)
+                mask_d = offs_d < HEAD_DIM
+                head = kv_head * GROUP_SIZE + offs_m // TOKENS
+                mask_m = (offs_m // TOKENS < GROUP_SIZE) & (offs_m % TOKENS < num_tokens)
+                token = tile_token + offs_m % TOKENS
+                offs_q = (token * stride_qt + head * stride_qh)[:, None] + offs_d[None, :]
+                # [tile_rows, HEAD_PAD]
+                q = tl.load(q_ptr + offs_q, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+                lse = tl.load(lse_ptr + token * (num_kv_heads * GROUP_SIZE) + head, mask=mask_m, other=float("inf"))
+                # Rows that see no block rank none either: what is written for them is not read.
+                lse_log2 = lse * _LOG2_E
+                scale_log2 = softmax_scale * _LOG2_E
+                offs_cmp = ((start_k // BLOCK_SIZE).to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+                stride_j = num_kv_heads * HEAD_DIM
+                for block in range(0, num_columns, BLOCKS):
+                    offs_j = block + tl.arange(0, BLOCKS)
+                    mask_j = (offs_j < num_columns)[:, None] & mask_d[None, :]
+                    offs_k = offs_cmp + offs_j.to(tl.int64)[:, None] * stride_j + offs_d[None, :]
+                    # [BLOCKS, HEAD_PAD]
+                    k = tl.load(k_cmp_ptr + offs_k, mask=mask_j, other=0.0)
+                    # [BLOCKS, tile_rows]
+                    score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+                    p = tl.exp2(score - lse_log2[None, :])
+                    importance = tl.sum(tl.reshape(p, [BLOCKS, GROUP_PAD, TOKENS]), 1)
+                    offs_s = tl.arange(0, TOKENS)[None, :] * NUM_BLOCKS_PAD + offs_j[:, None]
+                    tl.store(scratch_ptr + offs_s, importance)
+                # Ranking reads what other threads wrote, and then the next tile overwrites it.
+                tl.debug_barrier()
+                # Early tiles have few columns to rank, and are ranked more rows at a time.
+                if num_columns < NUM_BLOCKS_PAD // 4:
+                    _choose_rows(
+                        scratch_ptr, tile_indices_ptr, NUM_BLOCKS_PAD, stride_it, first, num_tokens, num_columns,
+                        block_counts, TOKENS, ROWS_QUARTER, NUM_BLOCKS_PAD // 4, WRITE_COLUMNS, LANES, COUNTS_PAD,
+                        BLOCK_SIZE,
+                    )  # fmt: skip
+                else:
+                    _choose_rows(
+                        scratch_ptr, tile_indices_ptr, NUM_BLOCKS_PAD, stride_it, first, num_tokens, num_columns,
+                        block_counts, TOKENS, ROWS, NUM_BLOCKS_PAD, WRITE_COLUMNS, LANES, COUNTS_PAD, BLOCK_SIZE,
+                    )  # fmt: skip
+                tl.debug_barrier()
+
+
+@triton.jit
+def _compression_bwd_dq_kernel(
+    q_ptr,
+    k_cmp_ptr,
+    v_cmp_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    stride_dot,
+    stride_doh,
+    num_heads,
+    num_kv_heads,
+    softmax_scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """dq of TOKENS tokens of one query head, over the blocks they see. Grid: (tiles, num_heads, batch), last first."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
+    if num_tokens > 0:
+        first = num_keys - num_queries + tile_start
+        kv_head = head // (num_heads // num_kv_heads)
+        offs_t = tl.arange(0, TOKENS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_t = offs_t < num_tokens
+        mask_d = offs_d < HEAD_DIM
+        mask_q = mask_t[:, None] & mask_d[None, :]
+        token = (start_q + tile_start + offs_t).to(tl.int64)
+        # [TOKENS, HEAD_PAD]
+        q = tl.load(q_ptr + token[:, None] * stride_qt + head * stride_qh + offs_d[None, :], mask=mask_q, other=0.0)
+        do = tl.load(do_ptr + token[:, None] * stride_dot + head * stride_doh + offs_d[None, :], mask=mask_q, other=0.0)
+        row = token * num_heads + head
+        lse_log2 = tl.load(lse_ptr + row, mask=mask_t, other=0.0) * _LOG2_E
+        delta = tl.load(delta_ptr + row, mask=mask_t, other=0.0)
+        visible = (first + offs_t + 1) // BLOCK_SIZE
+        visible_to_any = (first + num_tokens) // BLOCK_SIZE
+        scale_log2 = softmax_scale * _LOG2_E
+        offs_cmp = ((start_k // BLOCK_SIZE).to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
+        stride_j = num_kv_heads * HEAD_DIM
+        dq = tl.zeros([TOKENS, HEAD_PAD], tl.float32)
+        for block in range(0, visible_to_any, BLOCKS):
+            offs_j = block + tl.arange(0, BLOCKS)
+            mask_j = (offs_j < visible_to_any)[:, None] & mask_d[None, :]
+            offs_kv = offs_cmp + offs_j.to(tl.int64)[:, None] * stride_j + offs_d[None, :]
+            # [BLOCKS, HEAD_PAD]
+            k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+            v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            # Rows that see nothing have lse -inf, but no column here either.
+            p = tl.where(offs_j[None, :] < visible[:, None], tl.exp2(score - lse_log2[:, None]), 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq_row = dq_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(dq_row, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _compression_bwd_dkv_kernel(
+    q_ptr,
+    k_cmp_ptr,
+    v_cmp_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_part_ptr,
+    dv_part_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    stride_dot,
+    stride_doh,
+    stride_split,
+    batch,
+    num_kv_heads,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Partial sums of dk_cmp and dv_cmp of BLOCKS blocks. Grid: (tiles, splits, num_kv_heads * batch).
+
+    The (token tile, query head) pairs that see the blocks are dealt out to the splits in turn, so that each has its
+    share of late tokens; the first block tiles, which most tokens see, start first. Rows of a pair are tokens of one
+    head: any group size fills the tile.
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    kv_head, sequence = tl.program_id(2) // batch, tl.program_id(2) % batch
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    num_blocks = num_keys // BLOCK_SIZE
+    if tile * BLOCKS < num_blocks:
+        first = num_keys - num_queries
+        num_heads = num_kv_heads * GROUP_SIZE
+        offs_j = tile * BLOCKS + tl.arange(0, BLOCKS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_d = offs_d < HEAD_DIM
+        mask_j = (offs_j < num_blocks)[:, None] & mask_d[None, :]
+        row_cmp = (start_k // BLOCK_SIZE + offs_j).to(tl.int64) * num_kv_heads + kv_head
+        offs_kv = row_cmp[:, None] * HEAD_DIM + offs_d[None, :]
+        # [BLOCKS, HEAD_PAD]
+        k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+        v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+        scale_log2 = softmax_scale * _LOG2_E
+        dk = tl.zeros([BLOCKS, HEAD_PAD], tl.float32)
+        dv = tl.zeros([BLOCKS, HEAD_PAD], tl.float32)
+        # The first query that sees the first of the blocks.
+        first_tile = tl.maximum((tile * BLOCKS + 1) * BLOCK_SIZE - 1 - first, 0) // TOKENS
+        num_pairs = (tl.cdiv(num_queries, TOKENS) - first_tile) * GROUP_SIZE
+        for pair in range(split, num_pairs, tl.num_programs(1)):
+            query = (first_tile + pair // GROUP_SIZE) * TOKENS + tl.arange(0, TOKENS)
+            head = kv_head * GROUP_SIZE + pair % GROUP_SIZE
+            mask_t = query < num_queries
+            mask_q = mask_t[:, None] & mask_d[None, :]
+            token = (start_q + query).to(tl.int64)
+            offs_q = token[:, None] * stride_qt + head * stride_qh + offs_d[None, :]
+            offs_do = token[:, None] * stride_dot + head * stride_doh + offs_d[None, :]
+            # [TOKENS, HEAD_PAD]
+            q = tl.load(q_ptr + offs_q, mask=mask_q, other=0.0)
+            do = tl.load(do_ptr + offs_do, mask=mask_q, other=0.0)
+            lse_log2 = tl.load(lse_ptr + token * num_heads + head, mask=mask_t, other=0.0) * _LOG2_E
+            delta = tl.load(delta_ptr + token * num_heads + head, mask=mask_t, other=0.0)
+            # Absent rows see no block: their q and do are zero, but exp2 of their score would be one.
+            visible = tl.where(mask_t, (first + query + 1) // BLOCK_SIZE, 0)
+            # [BLOCKS, TOKENS]
+            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+            p = tl.where(offs_j[:, None] < visible[None, :], tl.exp2(score - lse_log2[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        offs_part = split.to(tl.int64) * stride_split + offs_kv
+        tl.store(dk_part_ptr + offs_part, dk * softmax_scale, mask=mask_j)
+        tl.store(dv_part_ptr + offs_part, dv, mask=mask_j)
+
+
+@triton.jit
+def _mean_unpool_kernel(
+    dk_part_ptr,
+    dv_part_ptr,
+    dk_ptr,
+    dv_ptr,
+    cu_seqlens_k_ptr,
+    stride_split,
+    num_splits,
+    num_kv_heads,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_PAD: tl.constexpr,
+):
+    """dk and dv of one block of tokens: the sum of its partial sums over BLOCK_SIZE; 0 in an incomplete block.
+
+    Grid: (most blocks of a sequence, incomplete ones included, num_kv_heads, batch).
+    """
+    block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start = tl.load(cu_seqlens_k_ptr + sequence)
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start
+    if block * BLOCK_SIZE < num_keys:
+        offs_n = tl.arange(0, BLOCK_PAD)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_d = offs_d < HEAD_DIM
+        dk = tl.zeros([HEAD_PAD], tl.float32)
+        dv = tl.zeros([HEAD_PAD], tl.float32)
+        if (block + 1) * BLOCK_SIZE <= num_keys:
+            row_cmp = (start // BLOCK_SIZE + block).to(tl.int64) * num_kv_heads + head
+            offs = row_cmp * HEAD_DIM + offs_d
+            for _ in range(num_splits):
+                dk += tl.load(dk_part_ptr + offs, mask=mask_d, other=0.0)
+                dv += tl.load(dv_part_ptr + offs, mask=mask_d, other=0.0)
+                offs += stride_split
+        inside = (offs_n < BLOCK_SIZE) & (block * BLOCK_SIZE + offs_n < num_keys)
+        mask = inside[:, None] & mask_d[None, :]
+        rows = (start + block * BLOCK_SIZE + offs_n).to(tl.int64) * num_kv_heads + head
+        # [BLOCK_PAD, HEAD_PAD]
+        offs = rows[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(dk_ptr + offs, tl.broadcast_to((dk / BLOCK_SIZE)[None, :], [BLOCK_PAD, HEAD_PAD]), mask=mask)
+        tl.store(dv_ptr + offs, tl.broadcast_to((dv / BLOCK_SIZE)[None, :], [BLOCK_PAD, HEAD_PAD]), mask=mask)
+
+
+def forward_config(dtype: torch.dtype, head_dim: int) -> dict:
+    """Constexprs and launch options of the forward kernel.
+
+    Tiles of float32 are small, here and below: without matrix instructions, whole rows of operands live in registers.
+    """
+    wide = triton_tiles.is_wide(dtype)
+    return {
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "TOKENS": 32 if wide else 128,
+        "BLOCKS": 16 if wide else 64,
+        "num_warps": 8,
+        "num_stages": 1 if wide else 3,
+    }
+
+
+def choice_config(dtype: torch.dtype, group_size: int, head_dim: int, max_blocks: int, block_counts: int) -> dict:
+    """Constexprs and launch options of the kernel that chooses blocks.
+
+    Args:
+        max_blocks: blocks of the longest sequence's keys, an incomplete one included.
+    """
+    wide = triton_tiles.is_wide(dtype)
+    heads = triton.next_power_of_2(group_size)
+    tokens = max(16 // heads, min(_TILE_TOKENS, (_TILE_ROWS // 4 if wide else _TILE_ROWS) // heads), 1)
+    blocks = 16 if wide else 64
+    columns = max(64, triton.next_power_of_2(max_blocks))
+    lanes = min(128, columns // 4)
+    return {
+        "GROUP_SIZE": group_size,
+        "GROUP_PAD": heads,
+        "TOKENS": tokens,
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "BLOCKS": blocks,
+        "NUM_BLOCKS_PAD": columns,
+        "ROWS": max(1, min(tokens, _CHOICE_ELEMENTS // columns)),
+        "ROWS_QUARTER": max(1, min(tokens, _CHOICE_ELEMENTS // (columns // 4))),
+        "WRITE_COLUMNS": min(256, columns // 4),
+        "LANES": lanes,
+        "COUNTS_PAD": triton.next_power_of_2(block_counts),
+        "num_warps": 8 if wide else 4,
+        "num_stages": 1 if wide else 2,
+    }
+
+
+def backward_config(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict]:
+    """Constexprs and launch options of the dq kernel and of the dk, dv kernel."""
+    wide = triton_tiles.is_wide(dtype)
+    shared = {
+        "HEAD_DIM": head_dim,
+        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "num_warps": 8,
+        "num_stages": 1 if wide else 2,
+    }
+    dq = {**shared, "TOKENS": 64 if wide else 128, "BLOCKS": 32 if wide else 64}
+    dkv = {**shared, "TOKENS": 32 if wide else 64, "BLOCKS": 16 if wide else 64}
+    return dq, dkv
+
+
+def _num_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _PROGRAMS_INTERPRETED
+    return _PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int) -> tuple[Tensor, Tensor]:
+    """Means of the complete blocks, (total_k // block_size, num_kv_heads, head_dim), in the dtype of k.
+
+    Rows between two sequences' blocks are left unwritten, and are never read.
+    """
+    _, num_kv_heads, head_dim = k.shape
+    pooled = [x.new_empty(x.shape[0] // block_size, num_kv_heads, head_dim) for x in (k, v)]
+    num_blocks = triton_tiles.longest(lengths.offsets_k) // block_size
+    if num_blocks:
+        _mean_pool_kernel[(num_blocks, num_kv_heads, len(lengths.offsets_k) - 1)](
+            k_ptr=k,
+            v_ptr=v,
+            k_cmp_ptr=pooled[0],
+            v_cmp_ptr=pooled[1],
+            cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+            stride_kt=k.stride(0),
+            stride_kh=k.stride(1),
+            stride_vt=v.stride(0),
+            stride_vh=v.stride(1),
+            num_kv_heads=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HEAD_PAD=triton_tiles.pad(head_dim),
+            BLOCK_SIZE=block_size,
+            BLOCK_PAD=triton.next_power_of_2(block_size),
+            num_warps=4,
+        )
+    return pooled[0], pooled[1]
+
+
+def _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale):
+    total_q, num_heads, head_dim = q.shape
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
+    config = forward_config(q.dtype, head_dim)
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
+    if num_tiles:
+        _compression_fwd_kernel[(num_tiles, num_heads, len(lengths.offsets_q) - 1)](
+            q_ptr=q,
+            k_cmp_ptr=k_cmp,
+            v_cmp_ptr=v_cmp,
+            o_ptr=o,
+            lse_ptr=lse,
+            cu_seqlens_q_ptr=lengths.cu_seqlens_q,
+            cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            num_heads=num_heads,
+            num_kv_heads=k_cmp.shape[1],
+            softmax_scale=softmax_scale,
+            BLOCK_SIZE=block_size,
+            **config,
+        )
+    return o, lse
+
+
+def _choose(q, k_cmp, lse, lengths, block_size, block_counts, softmax_scale):
+    total_q, num_heads, head_dim = q.shape
+    num_kv_heads, batch = k_cmp.shape[1], len(lengths.offsets_q) - 1
+    indices = torch.empty(total_q, num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
+    max_blocks = triton.cdiv(triton_tiles.longest(lengths.offsets_k), block_size)
+    config = choice_config(q.dtype, num_heads // num_kv_heads, head_dim, max_blocks, block_counts)
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
+    programs = min(_num_programs(q.device), num_tiles * batch * num_kv_heads)
+    if programs:
+        scratch_shape = programs * config["TOKENS"], config["NUM_BLOCKS_PAD"]
+        _choose_blocks_kernel[(programs,)](
+            q_ptr=q,
+            k_cmp_ptr=k_cmp,
+            lse_ptr=lse,
+            indices_ptr=indices,
+            scratch_ptr=torch.empty(scratch_shape, dtype=torch.float32, device=q.device),
+            cu_seqlens_q_ptr=lengths.cu_seqlens_q,
+            cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+            stride_qt=q.stride(0),
+            stride_qh=q.stride(1),
+            num_tiles=num_tiles,
+            batch=batch,
+            num_kv_heads=num_kv_heads,
+            block_counts=block_counts,
+            softmax_scale=softmax_scale,
+            BLOCK_SIZE=block_size,
+            **config,
+        )
+    return indices
+
+
+def compress(
+    q: Tensor, k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The compression branch alone: o and lse of `compress_and_choose`."""
+    return _attend(q, *_pool(k, v, lengths, block_size), lengths, block_size, softmax_scale)
+
+
+def compress_and_choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: utils.SequenceLengths,
+    block_size: int,
+    block_counts: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The compression branch, and the blocks that every token and key/value head selects.
+
+    Args:
+        q: (total_q, num_heads, head_dim), fp16, bf16 or fp32, contiguous in its last dimension, like k and v.
+        k, v: (total_k, num_kv_heads, head_dim), like q.
+    Returns:
+        o: like q; 0 where no block is visible.
+        lse: (total_q, num_heads), fp32, natural log; -inf where no block is visible.
+        block_indices: (total_q, num_kv_heads, block_counts), int32, ascending, -1 at the end.
+    """
+    k_cmp, v_cmp = _pool(k, v, lengths, block_size)
+    o, lse = _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale)
+    return o, lse, _choose(q, k_cmp, lse, lengths, block_size, block_counts, softmax_scale)
+
+
+def num_splits(total_blocks: int, num_kv_heads: int, max_queries: int, blocks: int = 64) -> int:
+    """Into how many partial sums the dk, dv kernel splits the queries.
+
+    Splits times blocks is bounded, so the partial sums take memory linear in the tokens. Depends on shapes alone: the
+    same inputs are summed in the same order on any device.
+    """
+    tiles = max(1, triton.cdiv(total_blocks, blocks)) * num_kv_heads
+    return max(1, min(_DKV_MAX_SPLITS, _DKV_PROGRAMS // tiles, triton.cdiv(max_queries, 128)))
+
+
+def compression_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    lengths: utils.SequenceLengths,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the compression branch, through the means.
+
+    Args:
+        lse, delta: (total_q, num_heads), fp32; delta is the sum of o * do over head_dim.
+        do: like q, contiguous in its last dimension.
+    Returns:
+        dq: like q; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
+    """
+    num_heads, num_kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
+    k_cmp, v_cmp = _pool(k, v, lengths, block_size)
+    batch, max_q, max_k = (
+        len(lengths.offsets_q) - 1,
+        triton_tiles.longest(lengths.offsets_q),
+        triton_tiles.longest(lengths.offsets_k),
+    )
+    dq_config, dkv_config = backward_config(q.dtype, head_dim)
+    shared = {
+        "q_ptr": q,
+        "k_cmp_ptr": k_cmp,
+        "v_cmp_ptr": v_cmp,
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "cu_seqlens_q_ptr": lengths.cu_seqlens_q,
+        "cu_seqlens_k_ptr": lengths.cu_seqlens_k,
+        "stride_qt": q.stride(0),
+        "stride_qh": q.stride(1),
+        "stride_dot": do.stride(0),
+        "stride_doh": do.stride(1),
+        "num_kv_heads": num_kv_heads,
+        "softmax_scale": softmax_scale,
+        "BLOCK_SIZE": block_size,
+    }
+    if max_q:
+        _compression_bwd_dq_kernel[(triton.cdiv(max_q, dq_config["TOKENS"]), num_heads, batch)](
+            dq_ptr=dq, num_heads=num_heads, **shared, **dq_config
+        )
+    splits = num_splits(k_cmp.shape[0], num_kv_heads, max_q, dkv_config["BLOCKS"])
+    dk_part, dv_part = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (k_cmp, v_cmp))
+    if max_k >= block_size:
+        tiles = triton.cdiv(max_k // block_size, dkv_config["BLOCKS"])
+        _compression_bwd_dkv_kernel[(tiles, splits, num_kv_heads * batch)](
+            dk_part_ptr=dk_part,
+            dv_part_ptr=dv_part,
+            stride_split=dk_part.stride(0),
+            batch=batch,
+            GROUP_SIZE=num_heads // num_kv_heads,
+            **shared,
+            **dkv_config,
+        )
+    if max_k:
+        _mean_unpool_kernel[(triton.cdiv(max_k, block_size), num_kv_heads, batch)](
+            dk_part_ptr=dk_part,
+            dv_part_ptr=dv_part,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+            stride_split=dk_part.stride(0),
+            num_splits=splits,
+            num_kv_heads=num_kv_heads,
+            HEAD_DIM=head_dim,
+            HEAD_PAD=triton_tiles.pad(head_dim),
+            BLOCK_SIZE=block_size,
+            BLOCK_PAD=triton.next_power_of_2(block_size),
+            num_warps=4,
+        )
+    return dq, dk, dv

@@ -1,0 +1,824 @@
+"""Selection branch: causal attention over the tokens of the selected key blocks (Triton backend).
+
+    o[t,h] = softmax attention of q[t,h] over { s <= t : s // B in block_indices[t, h // R] }
+
+Native Sparse Attention (arXiv:2502.11089), equations 11 and 12.
+
+Reading 2 * B rows of k and v for every (token, block) pair is bound by the L2 cache. Neighbouring tokens choose nearly
+the same blocks, so a tile of up to 32 tokens times the heads of a group walks the union of their blocks, each block
+once; a bit per token says which rows take part. Forward pass and dq work this way. The union may be any size: a tile
+whose tokens agree on nothing costs what its pairs cost one by one.
+
+dk and dv turn the lists around. A stable sort of the pairs by block gives every block its tokens in order; runs of
+at most so many pairs, times the heads of a group, fill tiles of rows without padding; a popular block has many runs.
+Each run leaves one partial sum in float32, and the runs of a block are added in order. There are no atomics, nothing
+is counted on the host, and memory is linear: the partial sums take about twice the rows of the blocks themselves.
+"""
+
+import torch
+from torch import Tensor
+
+from . import triton_tiles, utils
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LOWEST = tl.constexpr(-3.0e38)
+_NO_BLOCK = tl.constexpr(0x7FFFFFFF)
+
+# A tile's membership of a block is one int32.
+_MAX_TILE_TOKENS = 32
+# Pairs that are sorted at a time; more heads than that take several passes.
+_MAX_SORTED_PAIRS = 1 << 23
+
+
+@triton.jit
+def _union_kernel(
+    block_indices_ptr,
+    sorted_ptr,
+    union_ptr,
+    members_ptr,
+    counts_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    num_kv_heads,
+    block_counts,
+    TOKENS: tl.constexpr,
+    TOKENS_PAD: tl.constexpr,
+    COUNTS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The union of the blocks of TOKENS tokens, ascending. Grid: (most tiles of a sequence, num_kv_heads, batch).
+
+    Writes, per tile and key/value head, the blocks (union), which tokens selected each (members, a bit per token), and
+    two counts: blocks, and those of them that lie wholly before every token of the tile. The list of a tile starts
+    where the tile's own pairs start: it cannot be longer than they are. Each token's blocks are sorted into
+    sorted_ptr, like block_indices, and then merged: a step takes the smallest next block of all tokens.
+    """
+    tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
+    num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
+    if num_tokens > 0:
+        first = num_keys - num_queries + tile * TOKENS
+        token = (start_q + tile * TOKENS).to(tl.int64)
+        offs_t = tl.arange(0, TOKENS_PAD)
+        offs_n = tl.arange(0, COUNTS_PAD)
+        rows = ((token + offs_t) * num_kv_heads + kv_head) * block_counts
+        mask = (offs_t < num_tokens)[:, None] & (offs_n < block_counts)[None, :]
+        # [TOKENS_PAD, COUNTS_PAD]
+        block = tl.load(block_indices_ptr + rows[:, None] + offs_n[None, :], mask=mask, other=-1).to(tl.int32)
+        own = (first + offs_t) // BLOCK_SIZE
+        block = tl.sort(tl.where((block >= 0) & (block <= own[:, None]), block, _NO_BLOCK), 1)
+        tl.store(sorted_ptr + rows[:, None] + offs_n[None, :], block, mask=mask)
+        tl.debug_barrier()
+
+        start = (token * num_kv_heads + kv_head * num_tokens) * block_counts
+        count = 0
+        num_past = 0
+        place = tl.zeros([TOKENS_PAD], tl.int32)
+        # [TOKENS_PAD]
+        block = tl.load(sorted_ptr + rows, mask=offs_t < num_tokens, other=_NO_BLOCK)
+        smallest = tl.min(block, 0)
+        while smallest != _NO_BLOCK:
+            selects = block == smallest
+            tl.store(union_ptr + start + count, smallest)
+            tl.store(members_ptr + start + count, tl.sum(selects.to(tl.int32) << offs_t, 0))
+            count += 1
+            num_past += ((smallest + 1) * BLOCK_SIZE <= first + 1).to(tl.int32)
+            place += selects.to(tl.int32)
+            following = tl.load(sorted_ptr + rows + place, mask=selects & (place < block_counts), other=_NO_BLOCK)
+            block = tl.where(selects, following, block)
+            smallest = tl.min(block, 0)
+        # Sequences cannot overlap: tile i of the sequence that starts at row c is number c // TOKENS + sequence + i.
+        slot = ((start_q // TOKENS + sequence + tile) * num_kv_heads + kv_head) * 2
+        tl.store(counts_ptr + slot, count)
+        tl.store(counts_ptr + slot + 1, num_past)
+
+
+@triton.jit
+def _attend_blocks(
+    q,
+    row_max,
+    row_sum,
+    acc,
+    begin,
+    end,
+    position,
+    mask_m,
+    offs_t,
+    k_base,
+    v_base,
+    union_base,
+    members_base,
+    num_keys,
+    stride_kt,
+    stride_vt,
+    scale_log2,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """Softmax state after the blocks begin:end of the union; MASKED unless every row may see all of them."""
+    offs_d = tl.arange(0, HEAD_PAD)
+    mask_d = offs_d < HEAD_DIM
+    # Loaded a step early, the block is there when the loads that it addresses are issued ahead of their use.
+    block = tl.load(union_base + begin, mask=begin < end, other=0)
+    for step in range(begin * PARTS, end * PARTS):
+        members = tl.load(members_base + step // PARTS)
+        offs_n = step % PARTS * KEYS + tl.arange(0, KEYS)
+        key = block * BLOCK_SIZE + offs_n
+        offs_row = key.to(tl.int64)[:, None]
+        mask_n = mask_d[None, :]
+        if MASKED:
+            mask_n = mask_n & ((offs_n < BLOCK_SIZE) & (key < num_keys))[:, None]
+        # [KEYS, HEAD_PAD]
+        k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
+        v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if MASKED:
+            seen = (offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None])
+            score = tl.where(seen, score, float("-inf"))
+        member = mask_m & (((members >> offs_t) & 1) != 0)
+        row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, member)
+        block = tl.load(union_base + (step + 1) // PARTS, mask=step + 1 < end * PARTS, other=0)
+    return row_max, row_sum, acc
+
+
+@triton.jit
+def _selection_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    union_ptr,
+    members_ptr,
+    counts_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    num_kv_heads,
+    block_counts,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """o and lse of TOKENS tokens x the heads of a group. Grid: (most tiles of a sequence, num_kv_heads, batch).
+
+    Walks the tile's union; neighbouring programs share a key/value head and most blocks, so k and v come from the L2
+    cache. Blocks before all of the tile's tokens need no causal mask.
+    """
+    tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
+    if num_tokens > 0:
+        num_heads = num_kv_heads * GROUP_SIZE
+        first = num_keys - num_queries + tile * TOKENS
+        token = (start_q + tile * TOKENS).to(tl.int64)
+        start = (token * num_kv_heads + kv_head * num_tokens) * block_counts
+        slot = ((start_q // TOKENS + sequence + tile) * num_kv_heads + kv_head) * 2
+        count = tl.load(counts_ptr + slot)
+        num_past = tl.load(counts_ptr + slot + 1)
+        k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
+        v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
+
+        offs_m = tl.arange(0, ROWS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_m = offs_m < num_tokens * GROUP_SIZE
+        mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+        offs_t = tl.minimum(offs_m // GROUP_SIZE, TOKENS - 1)
+        head = kv_head * GROUP_SIZE + offs_m % GROUP_SIZE
+        offs_q = (token + offs_t) * stride_qt + head * stride_qh
+        # [ROWS, HEAD_PAD]
+        q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+        scale_log2 = softmax_scale * _LOG2_E
+        row_max = tl.full([ROWS], _LOWEST, tl.float32)
+        row_sum = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        WHOLE: tl.constexpr = KEYS * PARTS == BLOCK_SIZE
+        row_max, row_sum, acc = _attend_blocks(
+            q, row_max, row_sum, acc, 0, num_past, first + offs_t, mask_m, offs_t,
+            k_base, v_base, union_ptr + start, members_ptr + start, num_keys, stride_kt, stride_vt, scale_log2,
+            MASKED=not WHOLE, KEYS=KEYS, PARTS=PARTS, BLOCK_SIZE=BLOCK_SIZE, HEAD_DIM=HEAD_DIM, HEAD_PAD=HEAD_PAD,
+        )  # fmt: skip
+        row_max, row_sum, acc = _attend_blocks(
+            q, row_max, row_sum, acc, num_past, count, first + offs_t, mask_m, offs_t,
+            k_base, v_base, union_ptr + start, members_ptr + start, num_keys, stride_kt, stride_vt, scale_log2,
+            MASKED=True, KEYS=KEYS, PARTS=PARTS, BLOCK_SIZE=BLOCK_SIZE, HEAD_DIM=HEAD_DIM, HEAD_PAD=HEAD_PAD,
+        )  # fmt: skip
+        sees = row_sum > 0.0
+        row_sum = tl.where(sees, row_sum, 1.0)
+        row_o = (token + offs_t) * num_heads + head
+        o = acc / row_sum[:, None]
+        lse = tl.where(sees, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+        tl.store(o_ptr + row_o[:, None] * HEAD_DIM + offs_d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(lse_ptr + row_o, lse, mask=mask_m)
+
+
+@triton.jit
+def _dq_of_blocks(
+    q,
+    do,
+    lse_log2,
+    delta,
+    dq,
+    begin,
+    end,
+    position,
+    mask_m,
+    offs_t,
+    k_base,
+    v_base,
+    union_base,
+    members_base,
+    num_keys,
+    stride_kt,
+    stride_vt,
+    scale_log2,
+    MASKED: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """dq / softmax_scale after the blocks begin:end of the union; MASKED as in `_attend_blocks`."""
+    offs_d = tl.arange(0, HEAD_PAD)
+    mask_d = offs_d < HEAD_DIM
+    # Loaded a step early, the block is there when the loads that it addresses are issued ahead of their use.
+    block = tl.load(union_base + begin, mask=begin < end, other=0)
+    for step in range(begin * PARTS, end * PARTS):
+        members = tl.load(members_base + step // PARTS)
+        offs_n = step % PARTS * KEYS + tl.arange(0, KEYS)
+        key = block * BLOCK_SIZE + offs_n
+        offs_row = key.to(tl.int64)[:, None]
+        mask_n = mask_d[None, :]
+        if MASKED:
+            mask_n = mask_n & ((offs_n < BLOCK_SIZE) & (key < num_keys))[:, None]
+        # [KEYS, HEAD_PAD]
+        k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
+        v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
+        score = tl.dot(q, tl.trans(k), input_precision="ieee")
+        member = mask_m & (((members >> offs_t) & 1) != 0)
+        p = tl.exp2(score * scale_log2 - tl.where(member, lse_log2, float("inf"))[:, None])
+        if MASKED:
+            p = tl.where((offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        block = tl.load(union_base + (step + 1) // PARTS, mask=step + 1 < end * PARTS, other=0)
+    return dq
+
+
+@triton.jit
+def _selection_bwd_dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    union_ptr,
+    members_ptr,
+    counts_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    num_kv_heads,
+    block_counts,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """dq of TOKENS tokens x the heads of a group. Grid and walk: those of the forward kernel."""
+    tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
+    if num_tokens > 0:
+        num_heads = num_kv_heads * GROUP_SIZE
+        first = num_keys - num_queries + tile * TOKENS
+        token = (start_q + tile * TOKENS).to(tl.int64)
+        start = (token * num_kv_heads + kv_head * num_tokens) * block_counts
+        slot = ((start_q // TOKENS + sequence + tile) * num_kv_heads + kv_head) * 2
+        count = tl.load(counts_ptr + slot)
+        num_past = tl.load(counts_ptr + slot + 1)
+        k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
+        v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
+        scale_log2 = softmax_scale * _LOG2_E
+
+        offs_m = tl.arange(0, ROWS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_m = offs_m < num_tokens * GROUP_SIZE
+        mask_q = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+        offs_t = tl.minimum(offs_m // GROUP_SIZE, TOKENS - 1)
+        head = kv_head * GROUP_SIZE + offs_m % GROUP_SIZE
+        offs_q = (token + offs_t) * stride_qt + head * stride_qh
+        offs_do = (token + offs_t) * stride_dot + head * stride_doh
+        row_o = (token + offs_t) * num_heads + head
+        # [ROWS, HEAD_PAD]
+        q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+        do = tl.load(do_ptr + offs_do[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+        lse_log2 = tl.load(lse_ptr + row_o, mask=mask_m, other=float("inf")) * _LOG2_E
+        delta = tl.load(delta_ptr + row_o, mask=mask_m, other=0.0)
+        dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        WHOLE: tl.constexpr = KEYS * PARTS == BLOCK_SIZE
+        dq = _dq_of_blocks(
+            q, do, lse_log2, delta, dq, 0, num_past, first + offs_t, mask_m, offs_t,
+            k_base, v_base, union_ptr + start, members_ptr + start, num_keys, stride_kt, stride_vt, scale_log2,
+            MASKED=not WHOLE, KEYS=KEYS, PARTS=PARTS, BLOCK_SIZE=BLOCK_SIZE, HEAD_DIM=HEAD_DIM, HEAD_PAD=HEAD_PAD,
+        )  # fmt: skip
+        dq = _dq_of_blocks(
+            q, do, lse_log2, delta, dq, num_past, count, first + offs_t, mask_m, offs_t,
+            k_base, v_base, union_ptr + start, members_ptr + start, num_keys, stride_kt, stride_vt, scale_log2,
+            MASKED=True, KEYS=KEYS, PARTS=PARTS, BLOCK_SIZE=BLOCK_SIZE, HEAD_DIM=HEAD_DIM, HEAD_PAD=HEAD_PAD,
+        )  # fmt: skip
+        dq *= softmax_scale
+        tl.store(dq_ptr + row_o[:, None] * HEAD_DIM + offs_d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
+
+
+@triton.jit
+def _pair_keys_kernel(
+    block_indices_ptr,
+    key_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    total_q,
+    head_start,
+    num_kv_heads,
+    num_slots,
+    block_counts,
+    TOKENS: tl.constexpr,
+    COUNTS_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """What pairs are sorted by: the number of their block. Grid: (most tiles of a sequence, heads of the pass, batch).
+
+    key_ptr: (heads of the pass, total_q, block_counts), int32. Block j of the sequence whose keys start at row c is
+    number c // BLOCK_SIZE + sequence + j of num_slots per head. Missing and future blocks come after all.
+    """
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start_q = tl.load(cu_seqlens_q_ptr + sequence)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    offs_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    offs_n = tl.arange(0, COUNTS_PAD)
+    mask = (offs_t < num_queries)[:, None] & (offs_n < block_counts)[None, :]
+    token = (start_q + offs_t).to(tl.int64)
+    rows = (token * num_kv_heads + head_start + head) * block_counts
+    # [TOKENS, COUNTS_PAD]
+    block = tl.load(block_indices_ptr + rows[:, None] + offs_n[None, :], mask=mask, other=-1).to(tl.int32)
+    own = (num_keys - num_queries + offs_t) // BLOCK_SIZE
+    number = head * num_slots + start_k // BLOCK_SIZE + sequence + block
+    number = tl.where((block >= 0) & (block <= own[:, None]), number, tl.num_programs(1) * num_slots)
+    out = (head.to(tl.int64) * total_q + token) * block_counts
+    tl.store(key_ptr + out[:, None] + offs_n[None, :], number, mask=mask)
+
+
+@triton.jit
+def _selection_bwd_dkv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_part_ptr,
+    dv_part_ptr,
+    token_ptr,
+    pair_start_ptr,
+    run_start_ptr,
+    run_block_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    stride_qt,
+    stride_qh,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_dot,
+    stride_doh,
+    head_start,
+    num_kv_heads,
+    num_slots,
+    num_numbers,
+    batch,
+    run_pairs,
+    softmax_scale,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """dk and dv of KEYS keys of a block from one run of its pairs. Grid: (most runs, parts of a block).
+
+    Gathers q and do of the run's tokens, all heads of the group together: 2 * GROUP_SIZE * HEAD_DIM elements a pair,
+    each fetched about block_counts times in all, from the L2 cache where neighbouring blocks share tokens.
+    """
+    run = tl.program_id(0)
+    number = tl.load(run_block_ptr + run).to(tl.int32)
+    if number < num_numbers:
+        slot = number % num_slots
+        kv_head = head_start + number // num_slots
+        sequence = 0
+        for i in range(1, batch):
+            sequence = tl.where(slot >= tl.load(cu_seqlens_k_ptr + i) // BLOCK_SIZE + i, i, sequence)
+        start_k = tl.load(cu_seqlens_k_ptr + sequence)
+        num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+        # The position of a token is its row of the packed q plus this.
+        shift = num_keys - tl.load(cu_seqlens_q_ptr + sequence + 1)
+        offs_n = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_d = offs_d < HEAD_DIM
+        key = (slot - start_k // BLOCK_SIZE - sequence) * BLOCK_SIZE + offs_n
+        mask_n = ((offs_n < BLOCK_SIZE) & (key < num_keys))[:, None] & mask_d[None, :]
+        row_k = (start_k + key).to(tl.int64)
+        # [KEYS, HEAD_PAD]
+        k = tl.load(k_ptr + row_k[:, None] * stride_kt + kv_head * stride_kh + offs_d[None, :], mask=mask_n, other=0.0)
+        v = tl.load(v_ptr + row_k[:, None] * stride_vt + kv_head * stride_vh + offs_d[None, :], mask=mask_n, other=0.0)
+        num_heads = num_kv_heads * GROUP_SIZE
+        q_base = q_ptr + kv_head * GROUP_SIZE * stride_qh
+        do_base = do_ptr + kv_head * GROUP_SIZE * stride_doh
+        scale_log2 = softmax_scale * _LOG2_E
+
+        pair_end = tl.load(pair_start_ptr + number + 1)
+        pair = tl.load(pair_start_ptr + number) + (run - tl.load(run_start_ptr + number)) * run_pairs
+        num_rows = tl.minimum(pair_end - pair, run_pairs).to(tl.int32) * GROUP_SIZE
+        dk = tl.zeros([KEYS, HEAD_PAD], tl.float32)
+        dv = tl.zeros([KEYS, HEAD_PAD], tl.float32)
+        for row in range(0, num_rows, ROWS):
+            offs_m = row + tl.arange(0, ROWS)
+            mask_m = offs_m < num_rows
+            mask_q = mask_m[:, None] & mask_d[None, :]
+            token = tl.load(token_ptr + pair + offs_m // GROUP_SIZE, mask=mask_m, other=0)
+            head = offs_m % GROUP_SIZE
+            offs_q = token.to(tl.int64) * stride_qt + head * stride_qh
+            offs_do = token.to(tl.int64) * stride_dot + head * stride_doh
+            offs_lse = token.to(tl.int64) * num_heads + kv_head * GROUP_SIZE + head
+            # [ROWS, HEAD_PAD]
+            q = tl.load(q_base + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+            do = tl.load(do_base + offs_do[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+            # With an infinite lse the probabilities of rows past the end are 0.
+            lse_log2 = tl.load(lse_ptr + offs_lse, mask=mask_m, other=float("inf")) * _LOG2_E
+            delta = tl.load(delta_ptr + offs_lse, mask=mask_m, other=0.0)
+            # [KEYS, ROWS]
+            score = tl.dot(k, tl.trans(q), input_precision="ieee")
+            seen = key[:, None] <= (token + shift)[None, :]
+            p = tl.where(seen, tl.exp2(score * scale_log2 - lse_log2[None, :]), 0.0)
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        offs_part = (run.to(tl.int64) * BLOCK_SIZE + offs_n)[:, None] * HEAD_DIM + offs_d[None, :]
+        mask_part = (offs_n < BLOCK_SIZE)[:, None] & mask_d[None, :]
+        tl.store(dk_part_ptr + offs_part, dk * softmax_scale, mask=mask_part)
+        tl.store(dv_part_ptr + offs_part, dv, mask=mask_part)
+
+
+@triton.jit
+def _sum_runs_kernel(
+    dk_part_ptr,
+    dv_part_ptr,
+    dk_ptr,
+    dv_ptr,
+    run_start_ptr,
+    cu_seqlens_k_ptr,
+    head_start,
+    num_kv_heads,
+    num_slots,
+    KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PAD: tl.constexpr,
+):
+    """dk and dv of KEYS keys: the sum over the block's runs, in order.
+
+    Grid: (most key tiles of a sequence, heads of the pass, batch); a block has cdiv(BLOCK_SIZE, KEYS) tiles.
+    """
+    PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
+    block, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    start_k = tl.load(cu_seqlens_k_ptr + sequence)
+    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    offs_n = part * KEYS + tl.arange(0, KEYS)
+    if block * BLOCK_SIZE + part * KEYS < num_keys:
+        number = head * num_slots + start_k // BLOCK_SIZE + sequence + block
+        offs_d = tl.arange(0, HEAD_PAD)
+        mask_d = offs_d < HEAD_DIM
+        mask = ((offs_n < BLOCK_SIZE) & (block * BLOCK_SIZE + offs_n < num_keys))[:, None] & mask_d[None, :]
+        # [KEYS, HEAD_PAD]
+        dk = tl.zeros([KEYS, HEAD_PAD], tl.float32)
+        dv = tl.zeros([KEYS, HEAD_PAD], tl.float32)
+        run = tl.load(run_start_ptr + number)
+        offs_part = (run * BLOCK_SIZE + offs_n)[:, None] * HEAD_DIM + offs_d[None, :]
+        for _ in range(run, tl.load(run_start_ptr + number + 1)):
+            dk += tl.load(dk_part_ptr + offs_part, mask=mask, other=0.0)
+            dv += tl.load(dv_part_ptr + offs_part, mask=mask, other=0.0)
+            offs_part += BLOCK_SIZE * HEAD_DIM
+        row_k = (start_k + block * BLOCK_SIZE + offs_n).to(tl.int64)
+        offs_out = (row_k * num_kv_heads + head_start + head)[:, None] * HEAD_DIM + offs_d[None, :]
+        tl.store(dk_ptr + offs_out, dk, mask=mask)
+        tl.store(dv_ptr + offs_out, dv, mask=mask)
+
+
+def union_config(tokens: int, block_counts: int) -> dict:
+    """Constexprs and launch options of the kernel that lists the blocks of a tile of tokens."""
+    tokens_pad, counts_pad = triton.next_power_of_2(tokens), triton.next_power_of_2(block_counts)
+    return {
+        "TOKENS": tokens,
+        "TOKENS_PAD": tokens_pad,
+        "COUNTS_PAD": counts_pad,
+        "num_warps": max(1, min(16, tokens_pad * counts_pad // 1024)),
+    }
+
+
+def pairs_config(block_counts: int) -> dict:
+    """Constexprs and launch options of the kernel that numbers the pairs."""
+    counts_pad = triton.next_power_of_2(block_counts)
+    return {"TOKENS": max(1, 1024 // counts_pad), "COUNTS_PAD": counts_pad, "num_warps": 4}
+
+
+def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int, num_stages: int) -> dict:
+    config = triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=num_stages)
+    tokens = max(1, min(_MAX_TILE_TOKENS, config["ROWS"] // group_size))
+    rows, keys = triton_tiles.pad(tokens * group_size), min(config["KEYS"], triton_tiles.pad(block_size))
+    return {
+        **config,
+        "GROUP_SIZE": group_size,
+        "TOKENS": tokens,
+        "ROWS": rows,
+        "KEYS": keys,
+        "PARTS": triton.cdiv(block_size, keys),
+        "num_warps": max(4, config["num_warps"] * rows // config["ROWS"]),
+    }
+
+
+def forward_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
+    """Constexprs and launch options of the forward kernel."""
+    config = _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
+    # float32 keys take one stage elsewhere; here a second one spares the registers that the first load waits in.
+    return {**config, "num_stages": max(2, config["num_stages"])}
+
+
+def dq_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
+    """Constexprs and launch options of the dq kernel."""
+    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
+
+
+def dkv_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
+    """Constexprs and launch options of the dk, dv kernel.
+
+    Hopper's MMA gives 16 rows of keys to a warp: with more than four warps for 64 keys, warps would repeat each other.
+    """
+    config = triton_tiles.extents(dtype, head_dim, 32, 64, num_warps=4, num_stages=3)
+    return {**config, "GROUP_SIZE": group_size, "KEYS": min(config["KEYS"], triton_tiles.pad(block_size))}
+
+
+def _unions(block_indices: Tensor, lengths: utils.SequenceLengths, block_size: int, config: dict) -> dict:
+    """The lists of `_union_kernel`, as arguments of the kernels that walk them."""
+    total_q, num_kv_heads, block_counts = block_indices.shape
+    batch = len(lengths.offsets_q) - 1
+    shapes = union_config(config["TOKENS"], block_counts)
+    union = torch.empty(block_indices.numel(), dtype=torch.int32, device=block_indices.device)
+    members = torch.empty_like(union)
+    counts = union.new_empty(total_q // shapes["TOKENS"] + batch, num_kv_heads, 2)
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), shapes["TOKENS"])
+    lists = {
+        "union_ptr": union,
+        "members_ptr": members,
+        "counts_ptr": counts,
+        "cu_seqlens_q_ptr": lengths.cu_seqlens_q,
+        "cu_seqlens_k_ptr": lengths.cu_seqlens_k,
+        "num_kv_heads": num_kv_heads,
+        "block_counts": block_counts,
+        "BLOCK_SIZE": block_size,
+    }
+    _union_kernel[(num_tiles, num_kv_heads, batch)](
+        block_indices_ptr=block_indices, sorted_ptr=torch.empty_like(union), **lists, **shapes
+    )
+    return lists
+
+
+def _strides(q: Tensor, k: Tensor, v: Tensor) -> dict:
+    return {
+        "stride_qt": q.stride(0),
+        "stride_qh": q.stride(1),
+        "stride_kt": k.stride(0),
+        "stride_kh": k.stride(1),
+        "stride_vt": v.stride(0),
+        "stride_vh": v.stride(1),
+    }
+
+
+def selection_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    lengths: utils.SequenceLengths,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of every query over the tokens of its selected key blocks.
+
+    Args:
+        q: (total_q, num_heads, head_dim), fp16, bf16 or fp32.
+        k, v: (total_k, num_kv_heads, head_dim), like q.
+        block_indices: (total_q, num_kv_heads, block_counts), int32 or int64, distinct within a token, in any order.
+            Negative ones and blocks that start after the token are ignored.
+    Returns:
+        o: like q, contiguous; 0 for a token without blocks.
+        lse: (total_q, num_heads), fp32, natural log; -inf for a token without blocks.
+    """
+    q, k, v = (triton_tiles.unit_stride(x) for x in (q, k, v))
+    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    if q.shape[0] == 0:
+        return o, lse
+    config = forward_config(q.dtype, q.shape[1] // k.shape[1], q.shape[2], block_size)
+    lists = _unions(block_indices.contiguous(), lengths, block_size, config)
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
+    _selection_fwd_kernel[(num_tiles, k.shape[1], len(lengths.offsets_q) - 1)](
+        q_ptr=q,
+        k_ptr=k,
+        v_ptr=v,
+        o_ptr=o,
+        lse_ptr=lse,
+        softmax_scale=softmax_scale,
+        **_strides(q, k, v),
+        **lists,
+        **config,
+    )
+    return o, lse
+
+
+def selection_bwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    lse: Tensor,
+    do: Tensor,
+    delta: Tensor,
+    lengths: utils.SequenceLengths,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the selection branch; the same inputs give the same bits.
+
+    Args:
+        lse, delta: (total_q, num_heads), fp32; delta is the sum of o * do over head_dim.
+        do: like q.
+    Returns:
+        dq: like q, contiguous; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
+    """
+    q, k, v, do = (triton_tiles.unit_stride(x) for x in (q, k, v, do))
+    block_indices, lse, delta = (x.contiguous() for x in (block_indices, lse, delta))
+    total_q, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
+    if total_q == 0:
+        return dq, dk.zero_(), dv.zero_()
+    shared = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "do_ptr": do,
+        "lse_ptr": lse,
+        "delta_ptr": delta,
+        "stride_dot": do.stride(0),
+        "stride_doh": do.stride(1),
+        "softmax_scale": softmax_scale,
+        **_strides(q, k, v),
+    }
+    config = dq_config(q.dtype, num_heads // num_kv_heads, head_dim, block_size)
+    num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
+    _selection_bwd_dq_kernel[(num_tiles, num_kv_heads, len(lengths.offsets_q) - 1)](
+        dq_ptr=dq, **shared, **_unions(block_indices, lengths, block_size, config), **config
+    )
+    heads = max(1, min(num_kv_heads, _MAX_SORTED_PAIRS // (total_q * block_indices.shape[2])))
+    for head_start in range(0, num_kv_heads, heads):
+        num_passed = min(heads, num_kv_heads - head_start)
+        _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_passed, shared)
+    return dq, dk, dv
+
+
+def _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_passed, shared):
+    """Write dk and dv of num_passed key/value heads from head_start on."""
+    total_q, num_kv_heads, block_counts = block_indices.shape
+    q, device = shared["q_ptr"], block_indices.device
+    config = dkv_config(q.dtype, q.shape[1] // num_kv_heads, q.shape[2], block_size)
+    batch = len(lengths.offsets_q) - 1
+    max_q, max_k = triton_tiles.longest(lengths.offsets_q), triton_tiles.longest(lengths.offsets_k)
+    num_slots = dk.shape[0] // block_size + batch
+    num_numbers = num_passed * num_slots
+    # A block is selected by block_counts * block_size tokens on average.
+    run_pairs = block_counts * block_size
+    max_runs = num_numbers + num_passed * total_q * block_counts // run_pairs
+
+    numbers = torch.empty(num_passed * total_q * block_counts, dtype=torch.int32, device=device)
+    pairs_shapes = pairs_config(block_counts)
+    _pair_keys_kernel[(triton.cdiv(max_q, pairs_shapes["TOKENS"]), num_passed, batch)](
+        block_indices_ptr=block_indices,
+        key_ptr=numbers,
+        cu_seqlens_q_ptr=lengths.cu_seqlens_q,
+        cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+        total_q=total_q,
+        head_start=head_start,
+        num_kv_heads=num_kv_heads,
+        num_slots=num_slots,
+        block_counts=block_counts,
+        BLOCK_SIZE=block_size,
+        **pairs_shapes,
+    )
+    numbers, pairs = numbers.sort(stable=True)
+    # Pairs are in the order of (head, token, slot).
+    tokens = pairs.div_(block_counts, rounding_mode="floor").remainder_(total_q).int()
+    del pairs
+    pair_start = torch.searchsorted(numbers, torch.arange(num_numbers + 1, dtype=torch.int32, device=device))
+    run_start = torch.zeros_like(pair_start)
+    torch.cumsum(pair_start.diff().add_(run_pairs - 1).div_(run_pairs, rounding_mode="floor"), 0, out=run_start[1:])
+    run_block = torch.searchsorted(run_start[1:], torch.arange(max_runs, device=device), right=True)
+
+    dk_part, dv_part = (dk.new_empty(max_runs, block_size, dk.shape[2]) for _ in range(2))
+    shapes = {name: config[name] for name in ("KEYS", "HEAD_DIM", "HEAD_PAD")}
+    parts = triton.cdiv(block_size, config["KEYS"])
+    _selection_bwd_dkv_kernel[(max_runs, parts)](
+        dk_part_ptr=dk_part,
+        dv_part_ptr=dv_part,
+        token_ptr=tokens,
+        pair_start_ptr=pair_start,
+        run_start_ptr=run_start,
+        run_block_ptr=run_block,
+        cu_seqlens_q_ptr=lengths.cu_seqlens_q,
+        cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+        head_start=head_start,
+        num_kv_heads=num_kv_heads,
+        num_slots=num_slots,
+        num_numbers=num_numbers,
+        batch=batch,
+        run_pairs=run_pairs,
+        BLOCK_SIZE=block_size,
+        **shared,
+        **config,
+    )
+    _sum_runs_kernel[(triton.cdiv(max_k, block_size) * parts, num_passed, batch)](
+        dk_part_ptr=dk_part,
+        dv_part_ptr=dv_part,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        run_start_ptr=run_start,
+        cu_seqlens_k_ptr=lengths.cu_seqlens_k,
+        head_start=head_start,
+        num_kv_heads=num_kv_heads,
+        num_slots=num_slots,
+        BLOCK_SIZE=block_size,
+        num_warps=8,
+        **shapes,
+    )

@@ -1,0 +1,94 @@
+"""Every Triton kernel compiled ahead of time, in a process where kernels are not interpreted. No GPU is needed."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_testing import compiling_environment, needs_triton
+
+pytestmark = needs_triton
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOL = ROOT / "tools" / "aot_report.py"
+
+KERNELS = """
+import sys
+
+sys.path.insert(0, "{tools}")
+import aot_report
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _spilling_kernel(x_ptr, stride, ELEMENTS: tl.constexpr):
+    offs = tl.arange(0, ELEMENTS)
+    x = tl.load(x_ptr + offs)
+    y = tl.load(x_ptr + offs * stride)
+    tl.store(x_ptr + offs, tl.sum(x * y, 0) + x * tl.max(y, 0) + y)
+
+
+def launch(elements, stride):
+    import torch
+
+    with aot_report.Recorder().recording() as recorder:
+        x = torch.empty(elements, device="cuda")
+        _spilling_kernel[(1,)](x_ptr=x, stride=stride, ELEMENTS=elements, num_warps=1)
+    return recorder.launches
+
+
+if __name__ == "__main__":
+    sys.modules["kernels_of_the_test"] = sys.modules["__main__"]
+    _spilling_kernel.fn.__module__ = "kernels_of_the_test"
+    for elements, stride in ((64, 3), (16384, 3)):
+        (found,) = launch(elements, stride)
+        result = {{**aot_report.compile_launch(found, 90), "shapes": [str(elements)]}}
+        print(result["local_loads"] + result["local_stores"] > 0, aot_report.failures([result]) != [])
+    print(launch(64, 1)[0].constexprs, launch(64, 32)[0].divisible)
+"""
+
+
+def run(*command, timeout=1200):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=compiling_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.parametrize("target", ["80", "90", "100"])
+def test_kernels_compile_without_spills(target):
+    """At the shapes of a 7B model; `make aot` goes through all others."""
+    result = run(TOOL, "--shapes", "7B", "7B, 1K", "--targets", target, "--output", "")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert f"## sm_{target}" in result.stdout and result.stdout.endswith("0 failures\n")
+
+
+def test_a_spill_is_found_and_arguments_are_specialised(tmp_path):
+    script = tmp_path / "kernels.py"
+    script.write_text(KERNELS.format(tools=TOOL.parent))
+    result = run(script)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines() == [
+        "False False",
+        "True True",
+        "(('stride', 1), ('ELEMENTS', 64)) ('x_ptr', 'stride')",
+    ]
+
+
+def test_the_committed_table_lists_every_kernel():
+    report = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
+    kernels = set()
+    for path in (ROOT / "nsa_kernels").glob("triton_*.py"):
+        functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+        kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
+    for target in (80, 90, 100):
+        assert {r["kernel"] for r in report["results"] if r["target"] == target} == kernels
+    spilling = [r for r in report["results"] if r["target"] == 90 and ("error" in r or r["stack"] or r["local_loads"])]
+    assert not spilling

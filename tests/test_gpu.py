@@ -1,0 +1,231 @@
+"""What only a GPU can show about the Triton kernels: bf16, real sizes, races, memory errors.
+
+    python -m pytest --noconftest tests/test_gpu.py                     # on a CUDA machine, transformers not needed
+    NSA_DRY_RUN=1 python -m pytest --noconftest tests/test_gpu.py       # tiny sizes, in the interpreter
+
+bf16 results are held against float64 truth: their largest error may be twice (gradients: three times) that of plain
+torch code in bf16. The dry run exists to test the tests, in fp16.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nsa_cases import Case, PoisonedEmpty, Spec, assert_close_to_truth, spec_packed, with_gradients
+from triton_testing import DEVICE, needs_triton
+
+from nsa_kernels import attention, compression, selection, sliding_window, utils
+
+DRY_RUN = os.environ.get("NSA_DRY_RUN") == "1"
+HAS_GPU = torch.cuda.is_available()
+pytestmark = [
+    needs_triton,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_GPU and not DRY_RUN, reason="needs a CUDA device"),
+]
+
+HALF = [torch.bfloat16, torch.float16] if HAS_GPU else [torch.float16]
+ROOT = Path(__file__).resolve().parents[1]
+
+if DRY_RUN:
+    CASES = [Case((40, 3), heads=(7, 1), head_dim=32, block_size=16, block_counts=2, window_size=20)]
+    LONG, LONG_SEQUENCES, LONG_HEADS, LONG_DIM = 80, 2, (7, 1), 32
+    SETTINGS = {"block_size": 16, "block_counts": 2, "window_size": 20}
+    SAMPLED_ROWS = 3
+else:
+    CASES = [
+        Case((190, 345), heads=(28, 4), head_dim=128, block_size=16, block_counts=6, window_size=50),
+        Case((333,), heads=(16, 2), head_dim=128, block_size=32, block_counts=4, window_size=64),
+        Case((65, 200), (65, 321), heads=(10, 2), head_dim=64, block_size=64, block_counts=2, window_size=256),
+        Case((257,), heads=(16, 1), head_dim=96, block_size=16, block_counts=3, window_size=1),
+    ]
+    # Five of these have more than 2**31 elements of q.
+    LONG, LONG_SEQUENCES, LONG_HEADS, LONG_DIM = 131072, 5, (28, 4), 128
+    SETTINGS = {"block_size": 64, "block_counts": 32, "window_size": 256}
+    SAMPLED_ROWS = 24
+
+
+def branches(case: Case, indices: torch.Tensor) -> dict:
+    """Name -> (kernel's function of q, k, v; the specification's branch of one sequence)."""
+    lengths = utils.SequenceLengths.from_lengths(case.lengths_q, case.lengths_k, device=DEVICE)
+    chosen = indices.to(DEVICE)
+
+    def selected(spec: Spec, span: utils.Span):
+        rows = indices[span.q_start : span.q_end].long()
+        mask = torch.zeros(*rows.shape[:2], -(-span.num_keys // case.block_size) + 1, dtype=torch.bool)
+        return spec.selection(mask.scatter_(-1, rows + 1, True)[..., 1:])
+
+    size = {"block_size": case.block_size, "backend": "triton"}
+    window = {"window_size": case.window_size, "backend": "triton"}
+    return {
+        "compression": (
+            lambda q, k, v: compression.compression_attention(q, k, v, lengths, **size)[0],
+            lambda spec, span: spec.compression(),
+        ),
+        "selection": (
+            lambda q, k, v: selection.selection_attention(q, k, v, chosen, lengths, **size)[0],
+            selected,
+        ),
+        "window": (
+            lambda q, k, v: sliding_window.sliding_window_attention(q, k, v, lengths, **window)[0],
+            lambda spec, span: spec.window(),
+        ),
+    }
+
+
+def chosen_blocks(case: Case, qkv: list[torch.Tensor]) -> torch.Tensor:
+    """(total_q, G, block_counts) by the specification, ascending, -1 at the end."""
+
+    def one(spec, span):
+        chosen = spec.chosen()
+        counts = min(case.block_counts, chosen.shape[-1])
+        order = chosen.int().sort(dim=-1, descending=True, stable=True)
+        indices = torch.where(order.values.bool(), order.indices, -1)[..., :counts]
+        return (torch.nn.functional.pad(indices, (0, case.block_counts - counts), value=-1).int(),)
+
+    return spec_packed(case, *(x.double() for x in qkv), one)[0]
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("branch", ["compression", "selection", "window"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"heads{case.heads}-dim{case.head_dim}-block{case.block_size}")
+def test_branch_close_to_truth(case, branch, dtype):
+    qkv = case.qkv(dtype)
+    ours, spec = branches(case, chosen_blocks(case, qkv))[branch]
+    out = [x.cpu() for x in with_gradients(ours, [x.to(DEVICE) for x in qkv])]
+    plain = with_gradients(lambda *x: spec_packed(case, *x, spec)[0], qkv)
+    truth = with_gradients(lambda *x: spec_packed(case, *x, spec)[0], [x.double() for x in qkv])
+    assert_close_to_truth(out, plain, truth)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("rows", [1, 7, 200] if HAS_GPU else [7])
+def test_text_rows_close_to_truth(rows, dtype):
+    from nsa_kernels import triton_text
+
+    keys = 3000 if HAS_GPU else 100
+    case = Case((rows,), (keys,), heads=(7, 1), head_dim=128 if HAS_GPU else 32, window_size=keys)
+    qkv = case.qkv(dtype)
+    dense = lambda *x: spec_packed(case, *x, lambda spec, span: spec.window())[0]  # noqa: E731
+    out = with_gradients(triton_text.text_rows_attention, [x.to(DEVICE) for x in qkv])
+    truth = with_gradients(dense, [x.double() for x in qkv])
+    assert_close_to_truth([x.cpu() for x in out], with_gradients(dense, qkv), truth)
+
+
+def inputs_on_device(tokens, dtype=HALF[0]):
+    generator = torch.Generator(device=DEVICE).manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype)
+
+    qkv = [normal(tokens, heads, LONG_DIM) for heads in (LONG_HEADS[0], LONG_HEADS[1], LONG_HEADS[1])]
+    return [*qkv, *normal(tokens, LONG_HEADS[0], 3).sigmoid().unbind(-1)]
+
+
+def run_once(inputs, lengths):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    o = attention.nsa_attention(*leaves, lengths, **SETTINGS, backend="triton")
+    do = torch.randn(o.shape, generator=torch.Generator(device=DEVICE).manual_seed(1), device=DEVICE, dtype=o.dtype)
+    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+
+
+@pytest.mark.parametrize("tokens", [LONG // 8 + 37, LONG // 64])
+def test_repeated_runs_agree_to_the_bit_and_write_everything(tokens):
+    inputs = inputs_on_device(tokens)
+    lengths = utils.SequenceLengths.from_lengths([tokens // 3, tokens - tokens // 3], device=DEVICE)
+    first = run_once(inputs, lengths)
+    for _ in range(3 if HAS_GPU else 1):
+        for a, b in zip(first, run_once(inputs, lengths), strict=True):
+            assert torch.equal(a, b)
+    with PoisonedEmpty():  # outputs and scratch start as NaN, or as the lowest integer
+        poisoned = run_once(inputs, lengths)
+    for a, b in zip(first, poisoned, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+def test_no_overflow_in_long_sequences():
+    """The last sequence of a batch with more than 2**31 elements, against the oracle at some of its rows.
+
+    Only those rows have an output gradient, so that the oracle, row by row, gives all of dk and dv.
+    """
+    from nsa_kernels import triton_compression, triton_selection, triton_window
+
+    size, counts, width = SETTINGS.values()
+    total, start, scale = LONG * LONG_SEQUENCES, LONG * (LONG_SEQUENCES - 1), LONG_DIM**-0.5
+    if not DRY_RUN:
+        assert total * LONG_HEADS[0] * LONG_DIM > 2**31
+        if torch.cuda.get_device_properties(DEVICE).total_memory < 100 * 2**30:
+            pytest.skip("needs 100 GiB of GPU memory")
+    q, k, v, *_ = inputs_on_device(total)
+    lengths = utils.SequenceLengths.from_lengths([LONG] * LONG_SEQUENCES, device=DEVICE)
+    last = slice(start, total)
+    rows = torch.linspace(size, LONG - 1, SAMPLED_ROWS).long().tolist()
+    do = torch.zeros_like(q)
+    do[[start + row for row in rows]] = torch.randn(len(rows), *q.shape[1:], device=DEVICE, dtype=q.dtype)
+
+    o_cmp, lse_cmp, indices = triton_compression.compress_and_choose(q, k, v, lengths, size, counts, scale)
+    results = {}
+
+    def backward(name, o, lse, function, *middle):
+        delta = (o.float() * do.float()).sum(-1)
+        dq, dk, dv = function(q, k, v, *middle, lse, do, delta, lengths)
+        assert all(not x[:start].any() for x in (dk, dv)), f"{name}: gradients of other sequences"
+        results[name] = [x[last].clone() for x in (o, dq, dk, dv)]
+
+    compression_bwd = lambda *x: triton_compression.compression_bwd(*x, size, scale)  # noqa: E731
+    selection_bwd = lambda *x: triton_selection.selection_bwd(*x, size, scale)  # noqa: E731
+    window_bwd = lambda *x: triton_window.window_bwd(*x, width, scale)  # noqa: E731
+    backward("compression", o_cmp, lse_cmp, compression_bwd)
+    backward(
+        "selection", *triton_selection.selection_fwd(q, k, v, indices, lengths, size, scale), selection_bwd, indices
+    )
+    backward("window", *triton_window.window_fwd(q, k, v, lengths, width, scale), window_bwd)
+
+    truth = {
+        "compression": lambda q, k, v, row, one: compression.compression_attention(
+            q, k, v, one, block_size=size, backend="reference"
+        )[0],
+        "selection": lambda q, k, v, row, one: selection.selection_attention(
+            q, k, v, indices[start + row, None], one, block_size=size, backend="reference"
+        )[0],
+        "window": lambda q, k, v, row, one: sliding_window.sliding_window_attention(
+            q, k, v, one, window_size=width, backend="reference"
+        )[0],
+    }
+    queries = [start + row for row in rows]
+    for name, oracle in truth.items():
+        k_leaf, v_leaf = (x[last].float().requires_grad_() for x in (k, v))
+        q_leaf = q[queries].float().requires_grad_()
+        outputs = [
+            oracle(
+                q_leaf[i : i + 1], k_leaf[: row + 1], v_leaf[: row + 1], row,
+                utils.SequenceLengths.from_lengths([1], [row + 1], device=DEVICE),
+            )
+            for i, row in enumerate(rows)
+        ]  # fmt: skip
+        o = torch.cat(outputs)
+        expected = [o, *torch.autograd.grad(o, (q_leaf, k_leaf, v_leaf), do[queries].float())]
+        o, dq, dk, dv = results[name]
+        for what, a, e in zip(("o", "dq", "dk", "dv"), (o[rows], dq[rows], dk, dv), expected, strict=True):
+            error = ((a.float() - e).norm() / e.norm()).item()
+            # bf16 rounds to 4e-3; an index that wrapped around is wrong by about 1.
+            assert error < 2e-2, f"{name}, {what}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    command = [sys.executable, str(ROOT / "tests" / "small_calls.py")]
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if HAS_GPU:
+        if sanitizer is None:
+            pytest.skip("compute-sanitizer is not installed")
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *command]
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation of its own
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this machine")
+    assert done.returncode == 0 and "small calls: done" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
