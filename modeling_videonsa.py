@@ -164,7 +164,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         query = query[run.sample, :, run.start : run.stop]
         key, value = (states[run.sample][:, run.keys][:, : run.num_keys] for states in (key, value))
         if self.config._attn_implementation == "sdpa":
-            return text_rows_attention(*(states.transpose(0, 1) for states in (query, key, value)), self.scaling)
+            states = (states.transpose(0, 1) for states in (query, key, value))
+            return text_rows_attention(*states, self.scaling, backend=self.config.nsa_backend)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         # Flash attention aligns queries with the last keys by itself; the others need a mask, in bounded chunks.
         needs_mask = not is_flash_attention_requested(self.config)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa_kernels import text_rows
+from nsa_kernels import text_rows, utils
 
 
 def expected(q, k, v, scale):
@@ -37,3 +37,15 @@ def test_the_default_scale():
 def test_more_rows_than_keys():
     with pytest.raises(ValueError, match="6 queries"):
         text_rows.text_rows_attention(torch.zeros(6, 2, 4), torch.zeros(5, 2, 4), torch.zeros(5, 2, 4))
+
+
+def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
+    triton_text = pytest.importorskip("nsa_kernels.triton_text")
+    monkeypatch.setattr(utils, "resolve_backend", lambda name, device: name)
+    calls = []
+    monkeypatch.setattr(triton_text, "text_rows_attention", lambda *args: calls.append(args) or "o")
+    q, k = torch.randn(3, 2, 4), torch.randn(5000, 2, 4)
+    assert text_rows.text_rows_attention(q, k, k, backend="triton") == "o"
+    assert calls == [(q, k, k, 0.5)]
+    assert torch.is_tensor(text_rows.text_rows_attention(k, k, k, backend="triton"))  # plain causal attention
+    assert torch.is_tensor(text_rows.text_rows_attention(q, k, k, backend="torch")) and len(calls) == 1
