@@ -599,9 +599,7 @@ def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size:
 
 def forward_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
     """Constexprs and launch options of the forward kernel."""
-    config = _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
-    # float32 keys take one stage elsewhere; here a second one spares the registers that the first load waits in.
-    return {**config, "num_stages": max(2, config["num_stages"])}
+    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
 
 
 def dq_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
