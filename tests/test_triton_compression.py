@@ -9,6 +9,7 @@ from nsa_kernels import compression, reference, topk, utils
 
 pytestmark = needs_triton
 triton_compression = pytest.importorskip("nsa_kernels.triton_compression")
+triton_choice = pytest.importorskip("nsa_kernels.triton_choice")
 
 CASES = [
     Case((50, 20), (50, 61), heads=(14, 2), head_dim=32, block_size=8, block_counts=3),
@@ -180,6 +181,6 @@ def test_memory_of_partial_sums_is_linear_in_tokens():
 
 
 def test_scratch_does_not_grow_with_tiles():
-    small, large = (triton_compression.choice_config(torch.bfloat16, 7, 128, n, 32) for n in (512, 2048))
+    small, large = (triton_choice.choice_config(torch.bfloat16, 7, 128, n, 32) for n in (512, 2048))
     assert small["TOKENS"] == large["TOKENS"] == 16
     assert (small["NUM_BLOCKS_PAD"], large["NUM_BLOCKS_PAD"]) == (512, 2048)

@@ -1,5 +1,6 @@
 """The Triton kernels of the selection branch, forward and backward."""
 
+import contextlib
 from unittest import mock
 
 import pytest
@@ -141,13 +142,13 @@ def test_tokens_that_agree_on_nothing():
 
 
 def test_heads_may_take_several_passes():
-    from nsa_kernels import triton_selection
+    from nsa_kernels import triton_selection_dkv
 
     case = Case((40,), heads=(6, 3), head_dim=32, block_size=16, block_counts=2)
     inputs, do = case.qkv(torch.float32), random_do(case, torch.float32)
     one_pass = run_on_device(case, inputs, random_blocks(case), do)
     for pairs in (1, 2 * 40 * 2):  # one head at a time; two and one
-        with mock.patch.object(triton_selection, "_MAX_SORTED_PAIRS", pairs), PoisonedEmpty():
+        with mock.patch.object(triton_selection_dkv, "_MAX_SORTED_PAIRS", pairs), PoisonedEmpty():
             passes = run_on_device(case, inputs, random_blocks(case), do)
         assert all(torch.equal(a, b) for a, b in zip(one_pass, passes, strict=True))
 
@@ -228,18 +229,22 @@ def test_scale_may_be_any_number(scale):
 
 def test_memory_is_linear_in_tokens():
     """Twice the tokens, twice the memory; and no more than a few copies of the gradients. No kernel runs."""
-    from nsa_kernels import triton_selection
+    from nsa_kernels import triton_selection, triton_selection_dkv
 
-    kernels = [name for name in vars(triton_selection) if name.endswith("_kernel")]
+    modules = (triton_selection, triton_selection_dkv)
+    kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    assert len(kernels) == 6
     live = []
     for tokens in (4096, 8192):
         case = Case((tokens,), heads=(14, 2), head_dim=128, block_size=64, block_counts=32)
         inputs = case.qkv(torch.float16)
         arguments = [*on_device(inputs), torch.zeros(tokens, 2, 32, dtype=torch.int32, device=DEVICE)]
         do = torch.zeros_like(arguments[0])
-        no_kernels = mock.patch.multiple(triton_selection, **{name: mock.MagicMock() for name in kernels})
-        with no_kernels, PeakMemory() as memory:
-            run(case, arguments[:3], arguments[3], do)
+        with contextlib.ExitStack() as no_kernels:
+            for kernel in kernels:
+                no_kernels.enter_context(mock.patch.object(*kernel, mock.MagicMock()))
+            with PeakMemory() as memory:
+                run(case, arguments[:3], arguments[3], do)
         live.append(memory.live)
     assert live[1] <= 2.01 * live[0]
     assert live[1] <= 20 * inputs[1].numel() + 4 * inputs[0].numel()
