@@ -86,7 +86,6 @@ def _kernel_module(name: str):
 
 nsa_attention = _kernel_module("attention").nsa_attention
 TextRun, VisionRouting = _kernel_module("routing").TextRun, _kernel_module("routing").VisionRouting
-
 text_rows_attention = _kernel_module("text_rows").text_rows_attention
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
@@ -340,6 +339,8 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
+            if not token_types[:, past:].any():
+                return None
             shape = type(attention_mask).__name__ if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
             raise ValueError(f"`attention_mask` must be 2D, (batch, past + q_len), with vision tokens, got {shape}")
         if attention_mask is not None:

@@ -184,6 +184,16 @@ def test_dense_mode_takes_what_qwen_takes(prompts):
     assert torch.equal(*logits)
 
 
+def test_text_prompts_may_bring_their_own_mask(model, prompts):
+    inputs = prompts.one([9])
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(
+            model(**(inputs | {"attention_mask": causal})).logits, expected, atol=1e-9, rtol=1e-9
+        )
+
+
 def test_embeddings_without_token_types_are_text(model, prompts):
     inputs = prompts.one([9])
     with torch.no_grad():
