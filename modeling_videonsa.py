@@ -85,8 +85,9 @@ def _kernel_module(name: str):
 
 
 nsa_attention = _kernel_module("attention").nsa_attention
-TextRun, VisionRouting = _kernel_module("routing").TextRun, _kernel_module("routing").VisionRouting
 text_rows_attention = _kernel_module("text_rows").text_rows_attention
+_routing = _kernel_module("routing")
+TextRun, VisionRouting = _routing.TextRun, _routing.VisionRouting
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
