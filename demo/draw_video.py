@@ -7,13 +7,15 @@ The picture of every frame follows from its number alone, so that the same comma
 
 import argparse
 import math
-from collections.abc import Iterable
-from fractions import Fraction
+import sys
 from pathlib import Path
 
-import av
 import numpy as np
 from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from synthetic.drawing import write_video
 
 SCENES = [
     # (background, colour, shape, where it starts and where it ends, in shares of the width and height)
@@ -42,43 +44,6 @@ def draw_frame(seconds: float, seconds_per_scene: float, width: int, height: int
         corners = [math.radians(angle) for angle in (-90, 30, 150)]
         draw.polygon([(x + radius * math.cos(a), y + radius * math.sin(a)) for a in corners], fill=colour)
     return np.asarray(image)
-
-
-def write_video(
-    path: str | Path,
-    frames: Iterable[np.ndarray],
-    fps: int = 25,
-    *,
-    times: Iterable[int] | None = None,
-    codec: str | None = None,
-    options: dict[str, str] | None = None,
-) -> Path:
-    """Encode frames, (height, width, 3) uint8 with even sides, into the container that the file's suffix names.
-
-    Args:
-        fps: frames per second.
-        times: for a variable frame rate, when each frame is shown, in units of 1 / fps.
-        codec: of PyAV; h264 where the installed PyAV has it, else mpeg4.
-        options: of the codec.
-    """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec or h264_or_mpeg4(), rate=fps, options=options or {})
-        stream.pix_fmt = "yuv420p"
-        stream.thread_count = 1
-        for number, picture in enumerate(frames):
-            if number == 0:
-                stream.height, stream.width = picture.shape[:2]
-                clock = iter(range(number, 1 << 31) if times is None else times)
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts, frame.time_base = next(clock), Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return Path(path)
-
-
-def h264_or_mpeg4() -> str:
-    """The better of the two encoders that PyAV's wheels may bring."""
-    return "libx264" if "libx264" in av.codecs_available else "mpeg4"
 
 
 def draw_video(path: str | Path, *, seconds: float = 20, fps: int = 25, width: int = 320, height: int = 240) -> Path:

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from draw_video import draw_frame, write_video
+from draw_video import draw_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -33,6 +33,7 @@ from transformers.video_utils import VideoMetadata
 from budget_videonsa import PatchSizes, VideoOptions, VideoSource, plan_videos
 from frames_videonsa import FileClip
 from processing_videonsa import VideoNSAProcessor
+from synthetic.drawing import write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = 8

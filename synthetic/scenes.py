@@ -1,0 +1,198 @@
+"""Scenes: what a drawn video shows, second by second, and the questions that have one right answer in it.
+
+A scene is a row of cards, each on screen for one second. Among plain filler (shapes, blank cards) every scene hides
+
+- flashes, each of its own colour, each with a digit after it: at once, or after a gap of filler;
+- loose digits, one of which makes a digit of the scene come twice; every other digit comes once;
+- one ball that moves;
+- one to four stars of random colours.
+
+Everything is random but the answers follow from the cards alone, so that a scene of any length can be asked the same
+questions, and none can be answered without looking: every answer of a kind is equally likely, or nearly so.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+COLOURS = ("red", "green", "blue", "yellow")
+DIGITS = tuple("0123456789")
+DIRECTIONS = ("left", "right", "up", "down")
+FILLER_SHAPES = ("circle", "square", "triangle")
+ORDINALS = ("first", "second", "third", "fourth")
+
+MIN_CARDS = 8
+# From this gap on, a digit is "later" than its flash.
+LATER_GAP = 6
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is on screen for one second.
+
+    Attributes:
+        what: "digit", "flash", "ball", "star", one of `FILLER_SHAPES` or "blank".
+        value: the digit, the colour, or the direction of the ball; "" for a blank card.
+    """
+
+    what: str
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene.
+
+    Attributes:
+        kind: a key of `KINDS`.
+        text: as put to the model.
+        answer: one word or digit.
+        choices: what the answer is one of.
+    """
+
+    kind: str
+    text: str
+    answer: str
+    choices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A row of cards, one a second."""
+
+    cards: tuple[Card, ...]
+
+    def where(self, what: str) -> list[int]:
+        """The seconds at which such a card is on screen, ascending."""
+        return [second for second, card in enumerate(self.cards) if card.what == what]
+
+    def questions(self, kind: str | None = None) -> list[Question]:
+        """All questions of a kind, or of every kind, that have one right answer in this scene.
+
+        Raises:
+            ValueError: unknown kind.
+        """
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+        return [question for name in KINDS if kind in (None, name) for question in KINDS[name](self)]
+
+
+def make_scene(rng: np.random.Generator, num_cards: int, kind: str | None = None) -> Scene:
+    """A random scene.
+
+    Args:
+        rng: the only source of chance.
+        num_cards: seconds, at least `MIN_CARDS`; for kind "later" at least twice as many.
+        kind: make sure that a question of this kind can be asked.
+    Raises:
+        ValueError: too few cards, or an unknown kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
+    least = 2 * MIN_CARDS if kind == "later" else MIN_CARDS
+    if num_cards < least:
+        raise ValueError(f"`num_cards` must be at least {least} for kind {kind!r}, got {num_cards}")
+    while True:
+        scene = _random_scene(rng, num_cards)
+        if kind is None or scene.questions(kind):
+            return scene
+
+
+def _random_scene(rng: np.random.Generator, num_cards: int) -> Scene:
+    most_flashes, most_stars, most_loose = (2, 1, 1) if num_cards < 12 else (3, 4, 1) if num_cards < 24 else (4, 4, 3)
+    num_flashes = int(rng.integers(2, most_flashes + 1))
+    num_stars = int(rng.integers(1, most_stars + 1))
+    num_loose = int(rng.integers(1, most_loose + 1))
+
+    digits = iter(rng.permutation(DIGITS).tolist())
+    flash_digits = [next(digits) for _ in range(num_flashes)]
+    loose = [next(digits) for _ in range(num_loose - 1)]
+    loose.append(str(rng.choice(flash_digits + loose)))
+
+    # Units stay together. What they leave of the time is filler, in the gaps of half of the flashes and between units.
+    slack = num_cards - 2 * num_flashes - num_loose - num_stars - 1
+    units = [[Card("digit", digit)] for digit in loose]
+    for colour, digit in zip(rng.permutation(COLOURS)[:num_flashes].tolist(), flash_digits, strict=True):
+        gap = int(rng.integers(slack + 1)) if rng.random() < 0.5 else 0
+        slack -= gap
+        units.append([Card("flash", colour), *(_filler(rng) for _ in range(gap)), Card("digit", digit)])
+    units += [[_filler(rng)] for _ in range(slack)]
+    cards = [card for index in rng.permutation(len(units)) for card in units[index]]
+
+    # The ball and the stars may lie in a gap too, but make none where there was none.
+    hidden = [Card("ball", str(rng.choice(DIRECTIONS)))]
+    hidden += [Card("star", str(rng.choice(COLOURS))) for _ in range(num_stars)]
+    for card in hidden:
+        places = [place for place in range(len(cards) + 1) if place == 0 or cards[place - 1].what != "flash"]
+        cards.insert(int(rng.choice(places)), card)
+    return Scene(tuple(cards))
+
+
+def _filler(rng: np.random.Generator) -> Card:
+    what = str(rng.choice((*FILLER_SHAPES, "blank")))
+    return Card(what) if what == "blank" else Card(what, str(rng.choice(COLOURS)))
+
+
+def _needle(scene: Scene) -> list[Question]:
+    (second,) = scene.where("ball")
+    return [Question("needle", "Which way does the ball move?", scene.cards[second].value, DIRECTIONS)]
+
+
+def _order(scene: Scene) -> list[Question]:
+    flashes = [scene.cards[second].value for second in scene.where("flash")]
+    pairs = [(a, b) for a in flashes for b in flashes if a != b]
+    return [
+        Question("order", f"Which flash comes first, {a} or {b}?", min(a, b, key=flashes.index), (a, b))
+        for a, b in pairs
+    ]
+
+
+def _count(scene: Scene) -> list[Question]:
+    choices = tuple(str(number + 1) for number in range(len(ORDINALS)))
+    return [Question("count", "How many stars are there?", str(len(scene.where("star"))), choices)]
+
+
+def _ordinal(scene: Scene) -> list[Question]:
+    stars = scene.where("star")
+    return [
+        Question("ordinal", f"What colour is the {name} star?", scene.cards[second].value, COLOURS)
+        for name, second in zip(ORDINALS, stars, strict=False)
+    ]
+
+
+def _repetition(scene: Scene) -> list[Question]:
+    digits = [scene.cards[second].value for second in scene.where("digit")]
+    (twice,) = {digit for digit in digits if digits.count(digit) == 2}
+    return [Question("repetition", "Which digit is shown twice?", twice, DIGITS)]
+
+
+def _digits_after_flashes(scene: Scene, kind: str, is_kind: Callable[[int], bool]) -> list[Question]:
+    questions = []
+    digits = scene.where("digit")
+    for flash in scene.where("flash"):
+        second = next(second for second in digits if second > flash)
+        if is_kind(second - flash - 1):
+            text = f"Which digit comes after the {scene.cards[flash].value} flash?"
+            questions.append(Question(kind, text, scene.cards[second].value, DIGITS))
+    return questions
+
+
+def _after(scene: Scene) -> list[Question]:
+    return _digits_after_flashes(scene, "after", lambda gap: gap < LATER_GAP)
+
+
+def _later(scene: Scene) -> list[Question]:
+    return _digits_after_flashes(scene, "later", lambda gap: gap >= LATER_GAP)
+
+
+# What each asks for:
+KINDS: dict[str, Callable[[Scene], list[Question]]] = {
+    "needle": _needle,  # one moving card in a haystack of still ones
+    "order": _order,  # two events, anywhere
+    "count": _count,  # how often something happens
+    "ordinal": _ordinal,  # an event by its number: the video itself must count
+    "repetition": _repetition,  # an event that comes back
+    "after": _after,  # two events side by side, or nearly: the video itself must join them
+    "later": _later,  # two events far apart: the same, beyond the sliding window
+}
