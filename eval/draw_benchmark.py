@@ -1,6 +1,6 @@
 """Draw the local benchmark: videos of growing length with questions that have one answer (`synthetic/scenes.py`).
 
-    python eval/draw_benchmark.py
+    python -m videonsa_eval.draw_benchmark
     lmms_eval --model videonsa --model_args pretrained=... --include_path eval/tasks --tasks synthetic
 
 The tasks look for the videos in `eval/data`, seen from the folder in which lmms_eval is started. The seed decides

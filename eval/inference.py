@@ -3,7 +3,7 @@
 import copy
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .prompts import GenerationSettings
 Messages = list[dict[str, Any]]
 
 _PIXELS = ("pixel_values", "pixel_values_videos")
+ATTENTION_SETTINGS = ("nsa_mode", "block_size", "block_counts", "window_size")
 
 
 @dataclass
@@ -26,13 +27,16 @@ class PromptTokenCounts(TokenCounts):
     Attributes:
         vision_tokens: image and video tokens of the prompt.
         attention_share: pairs of query and key that the prompt costs, as a share of dense causal attention's.
+        attention: the model's settings, by name (`ATTENTION_SETTINGS`).
     """
 
     vision_tokens: int | None = None
     attention_share: float | None = None
+    attention: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), "vision_tokens": self.vision_tokens, "attention_share": self.attention_share}
+        own = {name: getattr(self, name) for name in ("vision_tokens", "attention_share", "attention")}
+        return {**super().to_dict(), **own}
 
 
 @dataclass
@@ -119,16 +123,18 @@ class Inference:
     @torch.inference_mode()
     def loss(
         self, inputs: dict[str, torch.Tensor], continuations: Sequence[list[int]], cache: DynamicCache | None = None
-    ) -> list[tuple[float, bool]]:
+    ) -> list[GenerationResult]:
         """How unlikely continuations of a batch of prompts are.
 
         Args:
             continuations: token ids for each prompt, at least one.
             cache: holds the beginning of the only prompt.
         Returns:
-            for each the sum of its tokens' negative log-probabilities, and whether greedy decoding would give it.
+            for each, as its `text`, the sum of its tokens' negative log-probabilities, and whether greedy decoding
+            would give it.
         """
         inputs = self._to_device(inputs)
+        counts = self._count(inputs, [0] * len(continuations))
         device, prompts = inputs["input_ids"].device, len(continuations)
         most = max(map(len, continuations))
         ids = torch.zeros(prompts, most, dtype=torch.long, device=device)
@@ -148,7 +154,8 @@ class Inference:
         chosen = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [prompts, most]
         is_greedy = (logits.argmax(-1) == ids) | (mask == 0)
         losses = -(chosen * mask).sum(1)
-        return list(zip(losses.tolist(), is_greedy.all(1).tolist(), strict=True))
+        pairs = zip(losses.tolist(), is_greedy.all(1).tolist(), strict=True)
+        return [GenerationResult(pair, count) for pair, count in zip(pairs, counts, strict=True)]
 
     @torch.inference_mode()
     def read(self, messages: Messages, inputs: dict[str, torch.Tensor]) -> ReadVideo:
@@ -187,7 +194,11 @@ class Inference:
             raise ValueError(f"the prompt {text!r} does not begin with {video.text!r}")
         # A special token ends the first part, so that the rest is tokenised as it would be in place.
         rest = torch.tensor([self.tokenize(text[len(video.text) :])], device=video.inputs["input_ids"].device)
-        added = {"input_ids": rest, "attention_mask": torch.ones_like(rest), "mm_token_type_ids": torch.zeros_like(rest)}
+        added = {
+            "input_ids": rest,
+            "attention_mask": torch.ones_like(rest),
+            "mm_token_type_ids": torch.zeros_like(rest),
+        }
         return video.inputs | {
             name: torch.cat([video.inputs[name], value.to(video.inputs[name])], 1) for name, value in added.items()
         }
@@ -204,15 +215,11 @@ class Inference:
         }
 
     def _count(self, inputs: dict[str, torch.Tensor], num_generated: list[int]) -> list[PromptTokenCounts]:
-        config, counts = self.model.config, []
+        settings = {name: getattr(self.model.config, name) for name in ATTENTION_SETTINGS}
+        sizes = {name: value for name, value in settings.items() if name != "nsa_mode"}
+        counts = []
         for row, generated in enumerate(num_generated):
             types = inputs["mm_token_type_ids"][row, inputs["attention_mask"][row].bool()].cpu()
-            budget = attention_budget(
-                types,
-                block_size=config.block_size,
-                block_counts=config.block_counts,
-                window_size=config.window_size,
-            )
-            share = 1.0 if config.nsa_mode == "dense" else budget.fraction
-            counts.append(PromptTokenCounts(len(types), generated, None, int((types != 0).sum()), share))
+            share = 1.0 if settings["nsa_mode"] == "dense" else attention_budget(types, **sizes).fraction
+            counts.append(PromptTokenCounts(len(types), generated, None, int((types != 0).sum()), share, settings))
         return counts

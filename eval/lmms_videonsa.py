@@ -197,12 +197,13 @@ class VideoNSA(lmms):
                     results.append(answer_in_rounds(doc_to_messages, self.task_dict[task][split][doc_id], answer))
             return results
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """For each request how unlikely its continuation is as the beginning of the model's answer.
 
         Returns:
-            the sum of the continuation's negative log-probabilities, without the end of the turn, and whether greedy
-            decoding would give it. lmms-eval takes the choice with the smallest first number.
+            pairs of the sum of the continuation's negative log-probabilities, without the end of the turn, and whether
+            greedy decoding would give it, each as the `text` of a `GenerationResult`: lmms-eval 0.7 makes strings of
+            plain pairs, which it cannot score then. It takes the choice with the smallest first number.
         """
         with self._all_processes_end_on_error():
             questions, continuations = [], []
@@ -218,7 +219,7 @@ class VideoNSA(lmms):
                 # An answer does not begin with the blank that lmms-eval puts between question and choice.
                 continuations.append(self.inference.tokenize(continuation.lstrip()))
 
-            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[tuple[float, bool]]:
+            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
                 return self.inference.loss(inputs, [continuations[index] for index in indices], cache)
 
             return self._answer(questions, run)
@@ -319,7 +320,6 @@ class VideoNSA(lmms):
         generated = sum(count.output_tokens for count in counts)
         means = {name: sum(getattr(count, name) for count in counts) / max(1, len(counts)) for name in _LOGGED}
         log_metrics(seconds, generated, generated / max(seconds, 1e-9), {"total_requests": len(results)} | means)
-
 
     def clean(self) -> None:
         """Free the model, as lmms-eval asks before it scores answers."""

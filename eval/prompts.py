@@ -170,5 +170,3 @@ def answer_in_rounds(doc_to_messages: Callable, doc: Any, answer: Callable[[Any]
         if is_over:
             return answers
     raise ValueError(f"the task did not end after {most} rounds")
-
-

@@ -1,4 +1,4 @@
-"""What the local benchmark's tasks share; `eval/draw_benchmark.py` draws their data."""
+"""What the local benchmark's tasks share; `draw_benchmark.py` draws their data."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "
 def doc_to_visual(doc):
     path = DATA / doc["video"]
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such video; draw the benchmark: python eval/draw_benchmark.py")
+        raise ValueError(f"{path}: there is no such video; draw the benchmark: python -m videonsa_eval.draw_benchmark")
     return [str(path)]
 
 
