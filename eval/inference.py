@@ -168,11 +168,9 @@ class Inference:
         length = int(types.nonzero()[-1]) + 2  # with the token that ends the media
         text = self.render(messages)
         num_media = sum(part["type"] != "text" for message in messages for part in message["content"])
-        end = 0
-        for _ in range(num_media):
-            end = text.index(self.vision_end, end) + len(self.vision_end)
-        if int(inputs["input_ids"][0, length - 1]) != self.model.config.vision_end_token_id:
-            raise ValueError(f"the chat template does not put {self.vision_end} behind an image or video: {text!r}")
+        is_ended = int(inputs["input_ids"][0, length - 1]) == self.model.config.vision_end_token_id
+        if not is_ended or text.count(self.vision_end) != num_media:
+            raise ValueError(f"`video_cache`=True needs one {self.vision_end} behind each image or video: {text!r}")
 
         start = {
             name: value[:, :length] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else value
@@ -181,6 +179,7 @@ class Inference:
         cache = DynamicCache(config=self.model.config.text_config)
         self.model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
         kept = {name: value for name, value in start.items() if name not in _PIXELS}
+        end = text.rindex(self.vision_end) + len(self.vision_end)
         return ReadVideo(text[:end], kept, cache)
 
     def follow(self, video: ReadVideo, messages: Messages) -> dict[str, torch.Tensor]:

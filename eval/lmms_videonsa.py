@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -20,7 +21,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from budget_videonsa import VideoSource, check_positive
+from budget_videonsa import check_positive
 from modeling_videonsa import VideoNSAForConditionalGeneration
 from processing_videonsa import VideoNSAProcessor
 
@@ -154,10 +155,10 @@ class VideoNSA(lmms):
         }
         options = {name: value for name, value in options.items() if value is not None}
         processor_class = AutoProcessor if trust_remote_code else VideoNSAProcessor
-        code = {"trust_remote_code": True} if trust_remote_code else {}
-        processor = processor_class.from_pretrained(str(pretrained), **code)
+        # False, not left out: transformers would stop and ask, for a configuration that it does not need.
+        processor = processor_class.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
         # Contradictions are found now, not at the first video.
-        processor.plan_video(VideoSource(num_frames=4, fps=2.0, height=224, width=224), **options)
+        processor.plan_video(np.zeros((4, 56, 56, 3), np.uint8), **options)
         self.inference = Inference(self.model, processor, options)
         self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
         self.video_cache, self.decode_workers, self.allow_text_only = video_cache, decode_workers, allow_text_only
