@@ -15,7 +15,6 @@ from videonsa_eval.draw_benchmark import draw_benchmark
 from videonsa_eval.lmms_videonsa import VideoNSA, VideoNSASimple
 
 TASKS = ROOT / "eval" / "tasks"
-LOCAL_TASKS = ("synthetic_needle", "synthetic_order", "synthetic_count", "synthetic_repetition", "synthetic_later")
 
 
 def save_checkpoint(folder: Path) -> Path:
@@ -71,9 +70,9 @@ def about(video: str | Path, question: str) -> list[dict]:
 
 
 def read_logged(folder: Path) -> dict:
-    """As `answers`, from the files that lmms_eval wrote."""
+    """As `answers`, from the files that lmms_eval wrote, which have no lists of one answer."""
     found = {}
     for file in folder.rglob("*_samples_*.jsonl"):
         for line in map(json.loads, file.read_text().splitlines()):
-            found[file.stem.split("_samples_")[1], line["doc_id"]] = (line["filtered_resps"], line["token_counts"])
+            found[file.stem.split("_samples_")[1], line["doc_id"]] = ([line["filtered_resps"]], line["token_counts"])
     return found
