@@ -1,7 +1,7 @@
 """Draw the local benchmark: videos of growing length with questions that have one answer (`synthetic/scenes.py`).
 
     python -m videonsa_eval.draw_benchmark
-    lmms_eval --model videonsa --model_args pretrained=... --include_path eval/tasks --tasks synthetic
+    lmms-eval --model videonsa --model_args pretrained=... --include_path eval/tasks --tasks synthetic_videos
 
 The tasks look for the videos in `eval/data`, seen from the folder in which lmms_eval is started. The seed decides
 every scene and picture; a longer list of lengths, or more videos of each, leaves the videos that were there as they

@@ -50,7 +50,7 @@ def model(checkpoint):
 @pytest.fixture(scope="module")
 def expected(checkpoint, drawn, task_manager):
     """Answers to the local benchmark, one by one, without the video cache."""
-    return answers(evaluate(make_model(checkpoint, video_cache=False), ["synthetic"], task_manager))
+    return answers(evaluate(make_model(checkpoint, video_cache=False), ["synthetic_videos"], task_manager))
 
 
 def texts(results) -> list[str]:
@@ -70,7 +70,7 @@ def test_lmms_eval_finds_the_model():
     ids=str,
 )
 def test_answers_do_not_depend_on_batches_or_the_video_cache(checkpoint, expected, task_manager, arguments):
-    results = evaluate(make_model(checkpoint, **arguments), ["synthetic"], task_manager)
+    results = evaluate(make_model(checkpoint, **arguments), ["synthetic_videos"], task_manager)
     assert answers(results) == expected
     assert len({answer for [answer], _ in expected.values()}) > len(expected) // 2  # the model is no constant
     counts = expected["synthetic_needle", 1][1][0]

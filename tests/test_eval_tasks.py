@@ -402,4 +402,4 @@ def parse(response, choices):
 
 def test_local_tasks_cover_every_kind_of_question():
     names = {path.stem.removeprefix("synthetic_") for path in TASKS.glob("synthetic_*.yaml")}
-    assert names == {*KINDS, "likelihood"}
+    assert names == {*KINDS, "likelihood", "videos"}
