@@ -205,7 +205,9 @@ class Inference:
     @staticmethod
     def rewind(video: ReadVideo) -> None:
         """Forget what came after the media."""
-        video.cache.crop(video.length - video.cache.get_seq_length())  # negative: tokens to remove
+        added = video.cache.get_seq_length() - video.length
+        if added:  # what `crop(0)` means depends on the version of transformers
+            video.cache.crop(-added)
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
