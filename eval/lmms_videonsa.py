@@ -238,6 +238,7 @@ class VideoNSA(lmms):
             for job, inputs in self._prepared(jobs, questions):
                 if job.shares_video:
                     video = self.inference.read(questions[job.indices[0]].messages(), inputs)
+                    del inputs  # pixels: gigabytes, for a long video
                     for index in job.indices:
                         follow = self.inference.follow(video, questions[index].messages())
                         (results[index],) = run([index], follow, video.cache)
@@ -270,16 +271,19 @@ class VideoNSA(lmms):
             yield from ((job, prepare(job)) for job in jobs)
             return
         pending: deque = deque()
+
+        def oldest() -> tuple[Job, dict]:
+            job, future = pending.popleft()
+            return job, future.result()
+
         with ThreadPoolExecutor(self.decode_workers, thread_name_prefix="decode") as pool:
             try:
                 for job in jobs:
                     pending.append((job, pool.submit(prepare, job)))
                     if len(pending) > self.decode_workers:
-                        job, future = pending.popleft()
-                        yield job, future.result()
+                        yield oldest()
                 while pending:
-                    job, future = pending.popleft()
-                    yield job, future.result()
+                    yield oldest()
             finally:
                 for _, future in pending:
                     future.cancel()

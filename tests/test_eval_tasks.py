@@ -194,6 +194,7 @@ def test_the_papers_tasks(task, task_manager, checkpoint, drawn, monkeypatch):
     full = {"mlvu_dev": 2 / 7, "mlvu_test": 2 / 9}.get(task, 1)
     score = results["results"][task][f"{metric['metric']},none"]
     assert score == pytest.approx(full * (100 if metric["in_percent"] else 1))
+    assert [report._sample(sample).score for sample in results["samples"][task]] == [1] * len(data["docs"])
     assert data["prompt"] in prompts[0] and "<|vision_start|><|vision_end|>" in prompts[0]
 
     # The model's own words: scored, and lower.
