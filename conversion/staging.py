@@ -13,19 +13,27 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that would cost the user something. An empty folder costs nothing."""
+def check_output(output: Path, overwrite: bool, marker: str = "config.json", what: str = "checkpoint") -> None:
+    """Refuse an output that would cost the user something. An empty folder costs nothing.
+
+    Args:
+        marker: a file that a folder of `what` has, so that no other folder is replaced.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise ValueError(f"`output` {output} exists; `overwrite` (--overwrite) replaces it")
-    if not (output / "config.json").is_file():
-        raise ValueError(f"`output` {output} is not a checkpoint folder, so `overwrite` does not replace it")
+    if not (output / marker).is_file():
+        raise ValueError(f"`output` {output} is not a {what} folder, so `overwrite` does not replace it")
 
 
 @contextlib.contextmanager
-def staged(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder beside `output` that takes its place when the block ends well, and is removed when it does not."""
+def staged(output: Path, overwrite: bool, **known_by: str) -> Iterator[Path]:
+    """A folder beside `output` that takes its place when the block ends well, and is removed when it does not.
+
+    Args:
+        known_by: `marker` and `what` of `check_output`.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".{output.name}.partial")
     staging.mkdir(exist_ok=True)
@@ -36,7 +44,7 @@ def staged(output: Path, overwrite: bool) -> Iterator[Path]:
         raise ValueError(f"`output` {output} is being written by another process") from error
     try:
         _restore_replaced(output)
-        check_output(output, overwrite)
+        check_output(output, overwrite, **known_by)
         for left in staging.iterdir():  # by a run that was killed
             if left.name != ".lock":
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

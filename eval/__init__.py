@@ -1,0 +1,1 @@
+"""Evaluation of VideoNSA with lmms-eval; installed as `videonsa_eval`. See README.md in this folder."""

@@ -1,0 +1,382 @@
+"""`lmms_eval --model videonsa`: lmms-eval's model interface over `inference.py`."""
+
+import contextlib
+import difflib
+import inspect
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.api.task import ConfigurableMessagesTask
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from loguru import logger
+from tqdm import tqdm
+from transformers import AutoModel, AutoProcessor
+
+from budget_videonsa import check_positive
+from modeling_videonsa import VideoNSAForConditionalGeneration
+from processing_videonsa import VideoNSAProcessor
+
+from .inference import Inference
+from .prompts import GenerationSettings, Job, answer_in_rounds, plan_jobs, shared_part, to_messages
+
+# Pixels of a frame that become one token (two frames share it).
+PIXELS_PER_TOKEN = 28 * 28
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class VideoNSA(lmms):
+    """A VideoNSA checkpoint as a chat model of lmms-eval.
+
+    Requests about the same video are answered one after the other from one KV cache of it. The others are batched.
+    Files are decoded in the background. A sample that fails raises: nothing is scored as an empty answer.
+
+    Args (each can be given in `--model_args`):
+        pretrained: checkpoint folder or Hub id.
+        batch_size: prompts about different videos that are answered together.
+        device: of the model; default: the process's GPU, else the CPU.
+        device_map: of `from_pretrained`, such as "auto", instead of `device`; for one process only.
+        dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
+        attn_implementation: of the dense part: "sdpa", "eager", "flash_attention_2", ...
+        trust_remote_code: run the code in the checkpoint instead of this installation's.
+        block_size, block_counts, window_size, nsa_mode, nsa_backend: as in `VideoNSATextConfig`; default: the
+            checkpoint's.
+        fps, num_frames, max_num_frames, min_pixels, max_pixels, max_total_tokens: `fps`, `num_frames`, `max_frames`,
+            `min_pixels_per_frame`, `max_pixels_per_frame` and `max_total_tokens` of `VideoNSAProcessor`; default: the
+            checkpoint's.
+        tokens_per_frame: both pixel limits at once, in the paper's measure: this many times 28 * 28 pixels. As two
+            frames share their tokens, a prompt has half as many times its frames.
+        system_prompt: text or file; default: the task's, else the chat template's.
+        video_cache: answer requests about the same video from one KV cache. Greedy answers are the same without.
+        decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
+        allow_text_only: accept prompts without image or video.
+    Raises:
+        ValueError: an unknown argument, a wrong value, or arguments that contradict each other.
+    """
+
+    is_simple = False
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        batch_size: int | str = 1,
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        block_size: int | None = None,
+        block_counts: int | None = None,
+        window_size: int | None = None,
+        nsa_mode: str | None = None,
+        nsa_backend: str | None = None,
+        fps: float | None = None,
+        num_frames: int | None = None,
+        max_num_frames: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        tokens_per_frame: int | None = None,
+        max_total_tokens: int | None = None,
+        system_prompt: str | None = None,
+        video_cache: bool = True,
+        decode_workers: int = 2,
+        allow_text_only: bool = False,
+        **unknown: Any,
+    ):
+        super().__init__()
+        for name, value in unknown.items():
+            close = difflib.get_close_matches(name, inspect.signature(VideoNSA).parameters, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise ValueError(f"`{name}` = {value!r} is not an argument of --model videonsa{hint}")
+        if pretrained is None:
+            raise ValueError("`pretrained` is missing: --model_args pretrained=FOLDER_OR_HUB_ID")
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else batch_size
+        positive = {"batch_size": self.batch_size, "num_frames": num_frames, "max_num_frames": max_num_frames}
+        positive |= {"min_pixels": min_pixels, "max_pixels": max_pixels, "tokens_per_frame": tokens_per_frame}
+        positive |= {"max_total_tokens": max_total_tokens}
+        for name, value in positive.items():
+            check_positive(name, value)
+        check_positive("fps", fps, (int, float))
+        for name, value in {
+            "video_cache": video_cache,
+            "allow_text_only": allow_text_only,
+            "trust_remote_code": trust_remote_code,
+        }.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}")
+        if not isinstance(decode_workers, int) or decode_workers < 0:
+            raise ValueError(f"`decode_workers` must be a number of threads, 0 or more, got {decode_workers!r}")
+        if dtype not in _DTYPES:
+            raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+        if fps is not None and num_frames is not None:
+            raise ValueError(f"`fps` = {fps!r} and `num_frames` = {num_frames!r} exclude each other")
+        if tokens_per_frame is not None:
+            if max_pixels is not None or min_pixels is not None:
+                raise ValueError(f"`tokens_per_frame` = {tokens_per_frame} sets `min_pixels` and `max_pixels` itself")
+            min_pixels = max_pixels = tokens_per_frame * PIXELS_PER_TOKEN
+
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if device_map is not None and self._world_size > 1:
+            raise ValueError(f"`device_map` = {device_map!r} is for one process; {self._world_size} share the work")
+        is_plain = device in (None, "cuda") and torch.cuda.is_available()  # without a number: the process's own
+        self.device = torch.device(device or "cpu") if not is_plain else self.accelerator.device
+
+        settings = {
+            "block_size": block_size,
+            "block_counts": block_counts,
+            "window_size": window_size,
+            "nsa_mode": nsa_mode,
+            "nsa_backend": nsa_backend,
+            "attn_implementation": attn_implementation,
+        }
+        settings = {name: value for name, value in settings.items() if value is not None}
+        if trust_remote_code:
+            settings["trust_remote_code"] = True
+        model_class = AutoModel if trust_remote_code else VideoNSAForConditionalGeneration
+        self.model = model_class.from_pretrained(
+            str(pretrained), dtype=dtype, device_map=device_map or {"": self.device}, **settings
+        ).eval()
+        options = {
+            "fps": fps,
+            "num_frames": num_frames,
+            "max_frames": max_num_frames,
+            "min_pixels_per_frame": min_pixels,
+            "max_pixels_per_frame": max_pixels,
+            "max_total_tokens": max_total_tokens,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        processor_class = AutoProcessor if trust_remote_code else VideoNSAProcessor
+        # False, not left out: transformers would stop and ask, for a configuration that it does not need.
+        processor = processor_class.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
+        # Contradictions are found now, not at the first video.
+        processor.plan_video(np.zeros((4, 56, 56, 3), np.uint8), **options)
+        self.inference = Inference(self.model, processor, options)
+        self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
+        self.video_cache, self.decode_workers, self.allow_text_only = video_cache, decode_workers, allow_text_only
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """An answer to each request, in their order."""
+        with self._all_processes_end_on_error():
+            questions, settings, logged = [], [], []
+            for request in requests:
+                context, doc_to_messages, gen_kwargs, *where = self._chat_request(request)
+                settings.append(GenerationSettings.of_task(gen_kwargs))
+                questions.append(self._question(doc_to_messages, *where, settings[-1]))
+                logged.append((context, gen_kwargs))
+
+            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
+                return self.inference.generate(inputs, settings[indices[0]], cache)
+
+            start = time.perf_counter()
+            results = self._answer(questions, run)
+            for arguments, result in zip(logged, results, strict=True):
+                self.cache_hook.add_partial("generate_until", arguments, result.text)
+            self._log_speed(results, time.perf_counter() - start)
+            return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """The answers of all rounds for each request."""
+        with self._all_processes_end_on_error():
+            results = []
+            for request in tqdm(requests, disable=self.rank != 0, desc="Answering in rounds"):
+                _, doc_to_messages, gen_kwargs, doc_id, task, split = self._chat_request(request)
+                settings = GenerationSettings.of_task(gen_kwargs)
+
+                def answer(raw: Any, settings=settings) -> str:
+                    return self.inference.generate(self.inference.prepare([self._messages(raw)]), settings)[0].text
+
+                with _named(task, doc_id):
+                    results.append(answer_in_rounds(doc_to_messages, self.task_dict[task][split][doc_id], answer))
+            return results
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """For each request how unlikely its continuation is as the beginning of the model's answer.
+
+        Returns:
+            pairs of the sum of the continuation's negative log-probabilities, without the end of the turn, and whether
+            greedy decoding would give it, each as the `text` of a `GenerationResult`: lmms-eval 0.7 makes strings of
+            plain pairs, which it cannot score then. It takes the choice with the smallest first number.
+        """
+        with self._all_processes_end_on_error():
+            questions, continuations = [], []
+            for request in requests:
+                context, continuation, *rest = request.args
+                if callable(continuation):
+                    raise ValueError("tasks of the output type 'loglikelihood' are not supported; 'multiple_choice' is")
+                if rest:
+                    doc_to_visual, *where = rest
+                    questions.append(self._question(_user_turn(context, doc_to_visual), *where))
+                else:  # the unconditional likelihood that the metric acc_mutual_info asks for
+                    questions.append(_Question(_messages_of_text(context), request.task_name))
+                # An answer does not begin with the blank that lmms-eval puts between question and choice.
+                continuations.append(self.inference.tokenize(continuation.lstrip()))
+
+            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
+                return self.inference.loss(inputs, [continuations[index] for index in indices], cache)
+
+            return self._answer(questions, run)
+
+    def _answer(self, questions: Sequence["_Question"], run: Callable[[Sequence[int], dict, Any], list]) -> list:
+        """Answer questions in whichever order is fastest; returns the answers in the order of the questions.
+
+        Args:
+            run: from the numbers of questions, their batch of inputs, and a KV cache that holds the beginning of the
+                only one or `None`, to their answers.
+        """
+        jobs = plan_jobs(self._what_they_share(questions), [q.batch_key for q in questions], self.batch_size)
+        results = [None] * len(questions)
+        with tqdm(total=len(questions), disable=self.rank != 0, desc="Answering") as bar:
+            for job, inputs in self._prepared(jobs, questions):
+                if job.shares_video:
+                    video = self.inference.read(questions[job.indices[0]].messages(), inputs)
+                    del inputs  # pixels: gigabytes, for a long video
+                    for index in job.indices:
+                        follow = self.inference.follow(video, questions[index].messages())
+                        (results[index],) = run([index], follow, video.cache)
+                        self.inference.rewind(video)
+                        bar.update()
+                else:
+                    for index, answer in zip(job.indices, run(job.indices, inputs, None), strict=True):
+                        results[index] = answer
+                    bar.update(len(job.indices))
+        return results
+
+    def _what_they_share(self, questions: Sequence["_Question"]) -> list[tuple | None]:
+        shared: list[tuple | None] = [None] * len(questions)
+        without_files = set()  # tasks whose documents hold pictures, which are not loaded twice
+        for index, question in enumerate(questions):
+            if self.video_cache and question.may_share and question.task not in without_files:
+                shared[index] = shared_part(question.messages())
+                if shared[index] is None:
+                    without_files.add(question.task)
+        return shared
+
+    def _prepared(self, jobs: Sequence[Job], questions: Sequence["_Question"]) -> Iterator[tuple[Job, dict]]:
+        """Jobs with what their (first) prompts become, read ahead by `decode_workers` threads."""
+
+        def prepare(job: Job) -> dict:
+            indices = job.indices[:1] if job.shares_video else job.indices
+            return self.inference.prepare([questions[index].messages() for index in indices])
+
+        if not self.decode_workers:
+            yield from ((job, prepare(job)) for job in jobs)
+            return
+        pending: deque = deque()
+
+        def oldest() -> tuple[Job, dict]:
+            job, future = pending.popleft()
+            return job, future.result()
+
+        with ThreadPoolExecutor(self.decode_workers, thread_name_prefix="decode") as pool:
+            try:
+                for job in jobs:
+                    pending.append((job, pool.submit(prepare, job)))
+                    if len(pending) > self.decode_workers:
+                        yield oldest()
+                while pending:
+                    yield oldest()
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _question(
+        self,
+        doc_to_messages: Callable,
+        doc_id: int,
+        task: str,
+        split: str,
+        settings: GenerationSettings | None = None,
+    ) -> "_Question":
+        def messages() -> list[dict[str, Any]]:
+            with _named(task, doc_id):
+                return self._messages(doc_to_messages(self.task_dict[task][split][doc_id]))
+
+        return _Question(messages, task, str(settings), settings is None or settings.is_single_sequence)
+
+    def _messages(self, raw: Any) -> list[dict[str, Any]]:
+        return to_messages(raw, system_prompt=self.system_prompt, allow_text_only=self.allow_text_only)
+
+    def _chat_request(self, request: Instance) -> tuple:
+        """(context, doc_to_messages, generation_kwargs, doc_id, task, split)"""
+        return request.args
+
+    @contextlib.contextmanager
+    def _all_processes_end_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            # lmms-eval catches exceptions and would leave the other processes waiting for this one.
+            logger.exception(f"process {self.rank} failed")
+            raise SystemExit(1) from error
+
+    def _log_speed(self, results: Sequence[GenerationResult], seconds: float) -> None:
+        counts = [result.token_counts for result in results]
+        generated = sum(count.output_tokens for count in counts)
+        means = {name: sum(getattr(count, name) for count in counts) / max(1, len(counts)) for name in _LOGGED}
+        log_metrics(seconds, generated, generated / max(seconds, 1e-9), {"total_requests": len(results)} | means)
+
+    def clean(self) -> None:
+        """Free the model, as lmms-eval asks before it scores answers."""
+        self.inference = None
+        super().clean()
+
+
+_LOGGED = ("input_tokens", "vision_tokens", "attention_share")
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of the model.
+
+    Attributes:
+        messages: makes the prompt; an error in it names the document.
+        batch_key: equal for questions that can be answered in one batch.
+        may_share: whether it may be answered from a KV cache of its video.
+    """
+
+    messages: Callable[[], list[dict[str, Any]]]
+    task: str
+    batch_key: str = ""
+    may_share: bool = True
+
+
+class VideoNSASimple(VideoNSA):
+    """The same behind `--force_simple`, which lmms-eval needs for tasks of the type `multiple_choice`."""
+
+    is_simple = True
+
+    def _chat_request(self, request: Instance) -> tuple:
+        context, gen_kwargs, doc_to_visual, doc_id, task, split = request.args
+        return context, _user_turn(context, doc_to_visual), gen_kwargs, doc_id, task, split
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        raise ValueError("tasks with several rounds run without --force_simple")
+
+
+def _user_turn(context: str, doc_to_visual: Callable) -> Callable[[Any], list[dict[str, Any]]]:
+    """As lmms-eval makes messages out of visuals and a text."""
+    return lambda doc: ConfigurableMessagesTask._build_user_turn(doc_to_visual(doc), context)
+
+
+def _messages_of_text(text: str) -> Callable[[], list[dict[str, Any]]]:
+    return lambda: [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+@contextlib.contextmanager
+def _named(task: str, doc_id: int) -> Iterator[None]:
+    """Say which document an error is about."""
+    try:
+        yield
+    except Exception as error:
+        raise RuntimeError(f"{task}, document {doc_id}: {error}") from error
