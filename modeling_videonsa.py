@@ -256,30 +256,13 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        vision_routing: VisionRouting | None = None,
-        **kwargs,
-    ):
+    def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse":
-            vision_routing = ReleasedRouting.build(attention_mask, position_ids, past_key_values, kwargs, self.config)
+            vision_routing = ReleasedRouting.build(attention_mask, kwargs, self.config)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            vision_routing=vision_routing,
-            **kwargs,
-        )
+        return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
 
 
 class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
@@ -326,7 +309,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             if types is not None:
                 mm_token_type_ids = types
                 if is_released:
-                    _released.check_token_types(types, past, position_ids, kwargs)
+                    _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
                 else:
                     routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
@@ -494,13 +477,13 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         # `generate` feeds the prompt in its first iteration, in one or several calls, and generated tokens, which are
         # text, after that. Only the prompt gets token types, so that decoding steps need not look at them.
         has_cache = past_key_values is not None and kwargs.get("use_cache", True)
+        if not has_cache and not is_first_iteration:
+            self._check_released_prompt("`use_cache` = False", mm_token_type_ids)
         if mm_token_type_ids is not None and (is_first_iteration or not has_cache or _is_empty(past_key_values)):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
             total = tokens.shape[1] + (int(past_key_values.get_seq_length()) if has_cache else 0)
             types = mm_token_type_ids[:, :total].to(tokens.device)
             # Assisted decoding appends candidates without extending the types.
-            if self.config.nsa_variant == "released" and not (is_first_iteration and total <= types.shape[1]):
-                self._check_prompt_in_one_call(types, "`use_cache` = False or assisted decoding")
             inputs["mm_token_type_ids"] = nn.functional.pad(types, (0, total - types.shape[1]))
         return inputs
 
@@ -551,21 +534,25 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
                 f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} with images or videos needs "
                 f"transformers 5.23 or later, which splits them over the chunks; this is {transformers.__version__}"
             )
-        types = model_kwargs.get("mm_token_type_ids")
-        if self.config.nsa_variant == "released" and types is not None and generation_config.prefill_chunk_size:
-            cache = model_kwargs.get("past_key_values")
-            types = types[:, 0 if cache is None else int(cache.get_seq_length()) :]
-            if types.shape[1] > generation_config.prefill_chunk_size:
-                size = f"`prefill_chunk_size` = {generation_config.prefill_chunk_size}"
-                self._check_prompt_in_one_call(types, size)
+        types, chunk_size = model_kwargs.get("mm_token_type_ids"), generation_config.prefill_chunk_size
+        if chunk_size and types is not None and chunk_size < types.shape[1]:
+            self._check_released_prompt(f"`prefill_chunk_size` = {chunk_size}", **model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
-    def _check_prompt_in_one_call(self, token_types, argument: str) -> None:
-        if self.config.nsa_mode == "sparse" and token_types.any():
-            raise ValueError(
-                f"{argument}: images and videos with nsa_variant='released' need their whole prompt, and nothing after "
-                "it, in one call, since its compression looks ahead"
-            )
+    def _assisted_decoding(self, *args, **kwargs):
+        self._check_released_prompt("assisted decoding", **kwargs)
+        return super()._assisted_decoding(*args, **kwargs)
+
+    def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
+        """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
+        is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"
+        if is_released and mm_token_type_ids is not None:
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            if mm_token_type_ids[:, past:].any():
+                raise ValueError(
+                    f"{argument}: with nsa_variant='released', images and videos need their whole prompt, and nothing "
+                    "after it, in one call, since its compression looks ahead"
+                )
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         # The folder will hold the code, so a fine-tune's references to another repository end here.

@@ -109,12 +109,16 @@ class ReleasedRouting:
     samples: list[tuple[int, slice | Tensor, TokenLayout]]
 
     @classmethod
-    def build(cls, attention_mask, position_ids, past_key_values, kwargs: dict, config) -> "ReleasedRouting | None":
+    def build(cls, attention_mask, kwargs: dict, config) -> "ReleasedRouting | None":
         """From the arguments of the text model's call; `None` where it has no vision tokens: it is Qwen2.5-VL's then.
 
+        Args:
+            attention_mask: (batch, past + q_len) or `None`; text prompts may bring others.
+            kwargs: `position_ids`, (3 or 4, batch, q_len) where there are images or videos, and `past_key_values`.
         Raises:
             ValueError: vision tokens join a cache, or `routing.check_sparse_call` raises.
         """
+        position_ids, past_key_values = kwargs.get("position_ids"), kwargs.get("past_key_values")
         # Decoding steps leave here: no tensor is looked at on the host.
         if position_ids is None or position_ids.ndim != 3 or position_ids.shape[-1] == 1:
             return None
@@ -149,22 +153,25 @@ class ReleasedRouting:
         return replace(self, samples=samples)
 
 
-def check_token_types(token_types: Tensor, past: int, position_ids: Tensor | None, kwargs: dict) -> None:
-    """Raise ValueError where vision tokens join a cache of `past` tokens, or have no positions to be told by.
+def check_token_types(token_types: Tensor, past: int, attention_mask, position_ids, kwargs: dict, config) -> None:
+    """Raise ValueError early for vision tokens, by type, of calls that `ReleasedRouting.build` could not route.
 
     Args:
         token_types: (batch, past + q_len), nonzero for placeholders of images and videos.
-        kwargs: further arguments of the call.
+        attention_mask, position_ids, kwargs, config: the call's arguments, and what its kwargs override.
     """
-    has_positions = position_ids is not None or any(
-        kwargs.get(name) is not None for name in ("image_grid_thw", "video_grid_thw")
-    )
-    if (past or not has_positions) and token_types[:, past:].any():
+    grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+    has_positions = position_ids is not None or any(grid is not None for grid in grids)
+    if not past and has_positions and routing.is_2d(attention_mask) and not config.output_attentions:
+        return  # without a look at the tokens
+    if token_types[:, past:].any():
         _check_nothing_cached(past)
-        raise ValueError(
-            "`image_grid_thw` or `video_grid_thw` is missing: nsa_variant='released' tells vision tokens by their "
-            "positions, which it computes from these"
-        )
+        routing.check_sparse_call(routing.first_columns(attention_mask, past), None, past, kwargs, config)
+        if not has_positions:
+            raise ValueError(
+                "`image_grid_thw` or `video_grid_thw` is missing: nsa_variant='released' tells vision tokens by their "
+                "positions, which it computes from these"
+            )
 
 
 def _check_nothing_cached(past: int) -> None:
@@ -240,24 +247,33 @@ def _pool(x: Tensor, block_size: int) -> Tensor:
 
 def _copies_of(x: Tensor, kv_head: int) -> Tensor:
     """Of (tokens, 28, ...) the heads of padded group kv_head, without zero heads: (tokens, 16 or 8, ...)."""
-    start, stop = kv_head * _GROUP, min((kv_head + 1) * _GROUP, _COPIED_HEADS)
-    if start < NUM_HEADS < stop:
-        return torch.cat([x[:, start:], x[:, : stop - NUM_HEADS]], dim=1)
-    return x[:, start % NUM_HEADS : (stop - 1) % NUM_HEADS + 1]
+    parts = [x[:, heads] for heads, _ in _groups(kv_head)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _groups(kv_head: int) -> list[tuple[slice, slice]]:
+    """Runs of (real heads, their places in padded group kv_head). The second copy of the heads follows the first."""
+    start, size = kv_head * _GROUP % NUM_HEADS, min(_GROUP, _COPIED_HEADS - kv_head * _GROUP)
+    first = min(size, NUM_HEADS - start)
+    runs = [(slice(start, start + first), slice(0, first)), (slice(0, size - first), slice(first, size))]
+    return runs if first < size else runs[:1]
+
+
+def _add_gated_(out: Tensor, o: Tensor, gate: Tensor, kv_head: int) -> None:
+    """Add a branch of padded group kv_head to out (tokens, 28, D); half of it, as the copies are averaged."""
+    for heads, places in _groups(kv_head):
+        out[:, heads].addcmul_(gate[:, heads, None], o[:, places], value=0.5)
 
 
 def _compress(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, block_size: int, softmax_scale: float):
-    """o_cmp of each padded group, and lse (64, tokens), with that of the zero heads: the log of how many blocks."""
-    num_blocks, tokens = len(k_cmp), len(q)
-    own = torch.arange(tokens, device=q.device) // block_size
-    lse = (num_blocks - own).to(k_cmp.dtype).log().repeat(_PADDED_HEADS, 1)
-    outputs = []
+    """For each key/value head in turn: o_cmp of its padded group, and lse (16, tokens), zero heads included."""
+    own = torch.arange(len(q), device=q.device) // block_size
+    lse_of_zero_head = (len(k_cmp) - own).to(k_cmp.dtype).log()  # all scores are 0
     for head in range(NUM_KV_HEADS):
-        q_group = _copies_of(q, head)
-        o, lse_group = _OwnAndLaterFunction.apply(q_group, k_cmp[:, head], v_cmp[:, head], block_size, softmax_scale)
-        lse[head * _GROUP :][: q_group.shape[1]] = lse_group.T
-        outputs.append(o)
-    return outputs, lse
+        o, lse = _OwnAndLaterFunction.apply(
+            _copies_of(q, head), k_cmp[:, head], v_cmp[:, head], block_size, softmax_scale
+        )
+        yield o, torch.cat([lse.T, lse_of_zero_head.expand(_GROUP - lse.shape[1], -1)])
 
 
 @torch.no_grad()
@@ -418,7 +434,7 @@ def released_block_indices(
     with utils.no_autocast(q.device):
         q, k = _zero_text(layout, q, k)
         k_cmp = _pool(k, block_size)
-        _, lse = _compress(q, k_cmp, k_cmp, block_size, scale)
+        lse = torch.cat([lse for _, lse in _compress(q, k_cmp, k_cmp, block_size, scale)])
         return _choose_blocks(q, k_cmp, lse, block_size, block_counts, scale)
 
 
@@ -467,25 +483,28 @@ def released_attention(
     scale = utils.resolve_scale(softmax_scale, q.shape[2])
     backend = utils.resolve_backend(backend, q.device)
     with utils.no_autocast(q.device):
-        dense = _dense(q, k, v, layout, scale, backend)
+        out = _dense(q, k, v, layout, scale, backend)
         if not layout.has_vision:
-            return dense
+            return out
+        # The branches are added up in place, in the accumulate dtype.
+        acc = utils.accumulate_dtype(q.dtype)
+        out, dtype = out.to(acc), out.dtype
         q, k, v, gate_logits = _zero_text(layout, q, k, v, gate_logits)
-        gates = torch.sigmoid(gate_logits)
-        k_cmp, v_cmp = _pool(k, block_size), _pool(v, block_size)
-        outputs_cmp, lse = _compress(q, k_cmp, v_cmp, block_size, scale)
-        indices = _choose_blocks(q, k_cmp, lse, block_size, block_counts, scale)
-        outputs = []
-        for head, o_cmp in enumerate(outputs_cmp):
-            args = _copies_of(q, head), k[:, head : head + 1], v[:, head : head + 1]
-            settings = {"softmax_scale": scale, "backend": backend}
-            o_slc, _ = selection.selection_attention(
-                *args, indices[:, head : head + 1], layout.lengths, block_size=block_size, **settings
-            )
+        g_cmp, g_slc, g_swa = torch.sigmoid(gate_logits.to(acc)).unbind(-1)
+        k_cmp, lse = _pool(k, block_size), []
+        for head, (o_cmp, lse_group) in enumerate(_compress(q, k_cmp, _pool(v, block_size), block_size, scale)):
+            _add_gated_(out, o_cmp, g_cmp, head)
+            lse.append(lse_group)
+        indices = _choose_blocks(q, k_cmp, torch.cat(lse), block_size, block_counts, scale)
+        settings = {"softmax_scale": scale, "backend": backend}
+        for head in range(NUM_KV_HEADS):
+            group = _copies_of(q, head), k[:, head : head + 1], v[:, head : head + 1]
+            blocks = indices[:, head : head + 1]
+            o_slc, _ = selection.selection_attention(*group, blocks, layout.lengths, block_size=block_size, **settings)
+            _add_gated_(out, o_slc, g_slc, head)
+            del o_slc
             o_swa, _ = sliding_window.sliding_window_attention(
-                *args, layout.lengths, window_size=window_size, **settings
+                *group, layout.lengths, window_size=window_size, **settings
             )
-            g_cmp, g_slc, g_swa = _copies_of(gates, head)[..., None].unbind(2)
-            outputs.append((g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa).to(q.dtype))
-        copies = torch.cat(outputs, dim=1)
-        return (copies[:, :NUM_HEADS] + copies[:, NUM_HEADS:]) / 2 + dense
+            _add_gated_(out, o_swa, g_swa, head)
+        return out.to(dtype)
