@@ -257,8 +257,9 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
-        if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse":
-            vision_routing = ReleasedRouting.build(attention_mask, kwargs, self.config)
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
+            vision_routing = ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}

@@ -109,25 +109,37 @@ class ReleasedRouting:
     samples: list[tuple[int, slice | Tensor, TokenLayout]]
 
     @classmethod
-    def build(cls, attention_mask, kwargs: dict, config) -> "ReleasedRouting | None":
+    def build(cls, tokens: Tensor, attention_mask, kwargs: dict, config) -> "ReleasedRouting | None":
         """From the arguments of the text model's call; `None` where it has no vision tokens: it is Qwen2.5-VL's then.
 
         Args:
+            tokens: the call's token ids or embeddings, (batch, q_len, ...).
             attention_mask: (batch, past + q_len) or `None`; text prompts may bring others.
-            kwargs: `position_ids`, (3 or 4, batch, q_len) where there are images or videos, and `past_key_values`.
+            kwargs: `position_ids`, (3 or 4, batch or 1, q_len) where there are images or videos, and `past_key_values`.
         Raises:
-            ValueError: vision tokens join a cache, or `routing.check_sparse_call` raises.
+            ValueError: vision tokens join a cache, a shape does not fit, or `routing.check_sparse_call` raises.
         """
         position_ids, past_key_values = kwargs.get("position_ids"), kwargs.get("past_key_values")
+        batch, length = tokens.shape[:2]
         # Decoding steps leave here: no tensor is looked at on the host.
-        if position_ids is None or position_ids.ndim != 3 or position_ids.shape[-1] == 1:
+        if position_ids is None or position_ids.ndim != 3 or length == 1:
             return None
+        if position_ids.shape[1] not in (1, batch) or position_ids.shape[2] != length:
+            raise ValueError(
+                f"`position_ids` must have shape (3 or 4, {batch}, {length}), got {tuple(position_ids.shape)}"
+            )
+        position_ids = position_ids.expand(-1, batch, -1)
         is_vision = vision_mask_of(position_ids)
-        if not routing.is_2d(attention_mask) and not is_vision.any():
-            return None
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        attention_mask = routing.first_columns(attention_mask, past + position_ids.shape[-1])
+        fits = attention_mask is None or (routing.is_2d(attention_mask) and attention_mask.shape[1] >= past + length)
+        if not fits and not is_vision.any():
+            return None
+        attention_mask = routing.first_columns(attention_mask, past + length)
         is_valid = torch.ones_like(is_vision) if attention_mask is None else attention_mask[:, past:].to(is_vision)
+        if is_valid.shape != is_vision.shape:
+            raise ValueError(
+                f"`attention_mask` must have shape {(batch, past + length)}, got {tuple(attention_mask.shape)}"
+            )
         is_vision, is_valid = torch.stack([is_vision, is_valid]).cpu()  # the one transfer to the host
         if not (is_vision & is_valid).any():
             return None

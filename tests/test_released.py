@@ -254,8 +254,8 @@ def test_memory_is_linear_in_tokens(backward, monkeypatch):
     tokens, q = 512, 512 * 28 * 8
     memory = peak(tokens, backward)
     assert memory.largest <= q < tokens * tokens / 2
-    assert memory.live < (24 if backward else 7) * q
-    assert memory.live < 2.2 * peak(tokens // 2, backward).live
+    assert memory.live < (20 if backward else 8) * q
+    assert memory.live < 2.5 * peak(tokens // 2, backward).live  # 2 and some that is counted by chance
 
 
 def test_nothing_waits_for_the_device():

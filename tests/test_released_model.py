@@ -145,6 +145,15 @@ def test_positions_are_enough(model, prompts):
         torch.testing.assert_close(output.logits, expected.logits, atol=1e-9, rtol=1e-9)
 
 
+def test_positions_of_one_row_hold_for_a_batch(model, prompts):
+    inputs = prompts.one([5, VIDEO, 7])
+    twice = prompts.batch([inputs, prompts.one([5, VIDEO, 7], seed=1)])
+    with torch.no_grad():
+        expected = model(**twice).logits
+        output = model(**twice, position_ids=positions(model, inputs)).logits
+    torch.testing.assert_close(output, expected, atol=1e-9, rtol=1e-9)
+
+
 def test_text_prompts_and_dense_mode_are_qwen_to_the_last_bit(prompts):
     model = build_released(torch.float32)
     text = prompts.batch([prompts.one([9]), prompts.one([14], seed=1)])
@@ -279,6 +288,10 @@ def test_calls_that_nsa_cannot_serve(prompts):
         model(**(inputs | square))
     with pytest.raises(ValueError, match="`attention_mask` must be 2D"):
         model(**(inputs | square), position_ids=positions(model, inputs))
+    with pytest.raises(ValueError, match=r"`attention_mask` must have shape \(1, 55\), got \(1, 54\)"):
+        model(**(inputs | {"attention_mask": torch.ones(1, 54)}), position_ids=positions(model, inputs))
+    with pytest.raises(ValueError, match=r"`position_ids` must have shape \(3 or 4, 1, 55\), got \(3, 1, 54\)"):
+        model(**inputs, position_ids=positions(model, inputs)[..., 1:])
     with pytest.raises(ValueError, match="packs several samples"):
         model(**inputs, cu_seq_lens_q=torch.tensor([0, 20, length]))
     packed = positions(model, inputs).clone()
@@ -361,7 +374,7 @@ def test_routing_moves_whole():
     grid[0, :, 3:6] = 3
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, 7] = 0
-    routing = released.ReleasedRouting.build(mask, {"position_ids": grid}, build_config().text_config)
+    routing = released.ReleasedRouting.build(mask, mask, {"position_ids": grid}, build_config().text_config)
     assert [(sample, layout.text_positions.tolist()) for sample, _, layout in routing.samples] == [
         (0, [0, 1, 2, 3, 6, 7]),
         (1, [0, 1, 2, 3, 6, 7, 8]),
