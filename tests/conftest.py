@@ -54,6 +54,13 @@ def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", text=No
     return model.to(dtype).eval()
 
 
+def build_released(dtype=torch.float64, **options):
+    """`build_model` with `nsa_variant="released"`, which wants 28 heads."""
+    shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}
+    nsa = {"nsa_variant": "released", "block_size": 8, "block_counts": 2, "window_size": 5}
+    return build_model(dtype, text=shape, **(nsa | options))
+
+
 class Prompts:
     """Builds model inputs from layouts such as `[5, ("video", 4, 4, 4), 3]`.
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_released
 from transformers import StaticCache
 
 from positions_videonsa import mrope_position_ids
@@ -61,8 +61,7 @@ def test_seconds_may_be_truncated(seconds, expected):
 
 
 def test_the_released_variant_truncates_in_either_mode(prompts, monkeypatch):
-    shape = {"hidden_size": 448, "num_attention_heads": 28, "num_key_value_heads": 4}
-    model = build_model(text=shape, nsa_variant="released", block_size=8)
+    model = build_released()
     inputs = prompts.one([3, ("video", 4, 4, 4), 2], seconds_per_grid=0.5)
     seen = record_positions(model, monkeypatch)
     for mode in ("sparse", "dense"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Prompts, build_config, build_model
+from conftest import Prompts, build_config, build_released
 from nsa_cases import CountSynchronisations
 from released_oracle import oracle
 from test_modeling import qwen_twin
@@ -22,12 +22,6 @@ LAYOUTS = {
     "images and videos": [3, ("image", 4, 6), 2, VIDEO, 1, ("video", 3, 4, 4), 1, ("image", 2, 2), 9],
     "shorter than a block": [1, ("image", 2, 4), 2],
 }
-
-
-def build_released(dtype=torch.float64, **options):
-    shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}
-    nsa = {"nsa_variant": "released", "block_size": 8, "block_counts": 2, "window_size": 5}
-    return build_model(dtype, text=shape, **(nsa | options))
 
 
 @pytest.fixture(scope="module")
