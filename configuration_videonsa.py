@@ -41,11 +41,6 @@ def _check_nsa_field(name: str, value: Any) -> None:
     """Raise for a value that the NSA field `name` cannot take."""
     if name == "nsa_variant":
         _check_choice(name, value, ("paper", "released"))
-        if value == "released":
-            raise NotImplementedError(
-                "nsa_variant='released' (the attention of the code published with the VideoNSA weights) is not "
-                "implemented yet; use nsa_variant='paper'"
-            )
     elif name == "nsa_mode":
         _check_choice(name, value, ("sparse", "dense"))
     elif name == "nsa_backend":
@@ -56,6 +51,26 @@ def _check_nsa_field(name: str, value: Any) -> None:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not math.isfinite(value) or value <= 0:
             raise ValueError(f"`gate_temperature` must be a positive number, got {value!r}")
+
+
+# What `nsa_variant="released"` constrains: the head layout and the sorting network of the published code.
+_RELEASED_FIELDS = ("nsa_variant", "num_attention_heads", "num_key_value_heads", "block_size", "block_counts")
+
+
+def _check_released(variant: str, heads: int, kv_heads: int, block_size: int, block_counts: int) -> None:
+    """Raise for a configuration that the published code does not support."""
+    if variant != "released":
+        return
+    for name, value, expected in (("num_attention_heads", heads, 28), ("num_key_value_heads", kv_heads, 4)):
+        if value != expected:
+            raise ValueError(f"`{name}` must be {expected} with nsa_variant='released', got {value!r}")
+    if block_size & (block_size - 1):
+        raise ValueError(f"`block_size` must be a power of two with nsa_variant='released', got {block_size!r}")
+    if 2 * block_counts > block_size:
+        raise ValueError(
+            f"`block_counts` must be at most half of `block_size` ({block_size}) with nsa_variant='released', "
+            f"got {block_counts!r}"
+        )
 
 
 def _reject_misspelt(keys: dict[str, Any], where: str) -> None:
@@ -80,7 +95,8 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
 
     nsa_variant (`str`, *optional*, defaults to `"paper"`):
         `"paper"` computes the attention of arXiv 2510.02295; `"released"` reproduces the code published with the
-        VideoNSA weights and raises `NotImplementedError` so far.
+        VideoNSA weights, which computes something else: 28 query and 4 key/value heads, a `block_size` that is a
+        power of two, and `block_counts` up to half of it.
     nsa_mode (`str`, *optional*, defaults to `"sparse"`):
         `"sparse"` runs NSA on the vision tokens; `"dense"` runs Qwen2.5-VL's dense attention on every token.
     nsa_backend (`str`, *optional*, defaults to `"auto"`):
@@ -95,9 +111,9 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
         Divides the gate logits before the sigmoid.
 
     Raises:
-        ValueError: an NSA field has a value that it cannot take, a key looks like a misspelt NSA field, the attention
-            heads do not divide the hidden size or do not fall into groups of equal size, or a layer has dropout or
-            sliding-window attention, which NSA does not.
+        ValueError: an NSA field has a value that it or the variant cannot take, a key looks like a misspelt NSA field,
+            the attention heads do not divide the hidden size or do not fall into groups of equal size, or a layer has
+            dropout or sliding-window attention, which NSA does not.
     """
 
     model_type = "videonsa_text"
@@ -134,6 +150,9 @@ class VideoNSATextConfig(Qwen2_5_VLTextConfig):
     def __setattr__(self, name, value):
         _check_nsa_field(name, value)
         _reject_misspelt_attribute(self, name, value)
+        state = vars(self) | {name: value}
+        if name in _RELEASED_FIELDS and all(field in state for field in _RELEASED_FIELDS):  # not while it is built
+            _check_released(*(state[field] for field in _RELEASED_FIELDS))
         super().__setattr__(name, value)
 
 
@@ -206,9 +225,12 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
         for name in given.keys() & (text or {}).keys():
             if given[name] != text[name]:
                 raise ValueError(f"`{name}` is {given[name]!r} at the top level but {text[name]!r} in `text_config`")
+        # All at once, since a variant may take some values only together.
+        if text is None:
+            kwargs |= given  # with the flat fields of a text configuration, where there are any
+        elif isinstance(self.text_config, dict):
+            self.text_config = self.text_config | given
         super().__post_init__(**kwargs)
-        for name, value in given.items():
-            setattr(self.text_config, name, value)
 
     def __setattr__(self, name, value):
         _reject_misspelt_attribute(self, name, value)
@@ -218,6 +240,10 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     def from_dict(cls, config_dict, **kwargs):
         # These are `from_pretrained`'s keywords; what matches no field would reach the model's constructor.
         _reject_misspelt({key: value for key, value in kwargs.items() if key not in NSA_FIELDS}, "from_pretrained")
+        if isinstance(text := config_dict.get("text_config"), dict):
+            # With the file's other fields at once, since a variant may take some values only together.
+            given = {name: kwargs.pop(name) for name in NSA_FIELDS if name in kwargs}
+            config_dict = config_dict | {"text_config": text | given}
         return super().from_dict(config_dict, **kwargs)
 
 

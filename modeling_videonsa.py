@@ -62,6 +62,7 @@ from .nsa_kernels/attention import *
 from .nsa_kernels/attention_budget import *
 from .nsa_kernels/compression import *
 from .nsa_kernels/reference import *
+from .nsa_kernels/released import *
 from .nsa_kernels/routing import *
 from .nsa_kernels/selection import *
 from .nsa_kernels/sliding_window import *
@@ -86,8 +87,8 @@ def _kernel_module(name: str):
 
 nsa_attention = _kernel_module("attention").nsa_attention
 text_rows_attention = _kernel_module("text_rows").text_rows_attention
-_routing = _kernel_module("routing")
-TextRun, VisionRouting = _routing.TextRun, _routing.VisionRouting
+_released, _routing = _kernel_module("released"), _kernel_module("routing")
+ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.TextRun, _routing.VisionRouting
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
@@ -116,7 +117,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        vision_routing: VisionRouting | None = None,
+        vision_routing: VisionRouting | ReleasedRouting | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
@@ -135,6 +136,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             key, value = past_key_values.update(key, value, self.layer_idx)
         # Under autocast the rotation, and with it what the cache holds, may be in float32.
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if self.config.nsa_variant == "released":
+            return self.o_proj(self._attend_as_released(hidden_states, query, key, value, vision_routing)), None
 
         vision = self._attend_vision_rows(hidden_states, query, key, value, vision_routing)
         text = [self._attend_text_run(query, key, value, run, **kwargs) for run in vision_routing.text_runs]
@@ -143,11 +146,15 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         output.index_put_(rows, torch.cat([vision, *text]))
         return self.o_proj(output.flatten(2)), None
 
+    def _gate_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., num_heads, 3)."""
+        logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
+        return logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature
+
     def _attend_vision_rows(self, hidden_states, query, key, value, routing: VisionRouting) -> torch.Tensor:
         """NSA of the new vision tokens over all of their sample's. Returns (total_q, num_heads, head_dim)."""
         rows, keys = routing.vision_rows, routing.vision_keys
-        gate_logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states[rows])))
-        gates = torch.sigmoid(gate_logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature)
+        gates = torch.sigmoid(self._gate_logits(hidden_states[rows]))
         return nsa_attention(
             query.transpose(1, 2)[rows],
             key.transpose(1, 2)[keys],
@@ -160,6 +167,24 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
             softmax_scale=self.scaling,
             backend=self.config.nsa_backend,
         )
+
+    def _attend_as_released(self, hidden_states, query, key, value, routing: ReleasedRouting) -> torch.Tensor:
+        """The published code's attention of whole prompts. Returns (batch, q_len, num_heads * head_dim)."""
+        output = torch.zeros_like(query.transpose(1, 2))  # padding rows stay zero
+        for sample, rows, layout in routing.samples:
+            # Nothing was cached before; a static cache is longer than the prompt.
+            states = (x[sample].transpose(0, 1)[: query.shape[2]][rows] for x in (query, key, value))
+            output[sample, rows] = _released.released_attention(
+                *states,
+                self._gate_logits(hidden_states[sample, rows]),
+                layout,
+                block_size=self.config.block_size,
+                block_counts=self.config.block_counts,
+                window_size=self.config.window_size,
+                softmax_scale=self.scaling,
+                backend=self.config.nsa_backend,
+            )
+        return output.flatten(2)
 
     def _attend_text_run(self, query, key, value, run: TextRun, **kwargs) -> torch.Tensor:
         """Dense causal attention of a run of text rows. Returns (rows, num_heads, head_dim)."""
@@ -232,6 +257,9 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
+        tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
+            vision_routing = ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}
@@ -272,13 +300,19 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         if past_key_values is not None and hasattr(past_key_values, "mrope_deltas"):
             self.rope_deltas = past_key_values.mrope_deltas  # not those of whatever prompt ran last
         routing = None
-        if tokens is not None and self.config.nsa_mode == "sparse":
+        is_released = self.config.nsa_variant == "released"
+        # The released variant needs token types to compute positions; from there on, it goes by the positions.
+        needs_types = not is_released or position_ids is None or mm_token_type_ids is not None
+        if tokens is not None and self.config.nsa_mode == "sparse" and needs_types:
             types, past = self._resolve_token_types(
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
             if types is not None:
-                routing = self._route(types, attention_mask, position_ids, past, kwargs)
                 mm_token_type_ids = types
+                if is_released:
+                    _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
+                else:
+                    routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
             mm_token_type_ids = mm_token_type_ids[:, -tokens.shape[1] :]
         outputs = super().forward(
@@ -339,27 +373,13 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         return None, past
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
-        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.ndim != 2):
-            if not token_types[:, past:].any():
-                return None
-            shape = type(attention_mask).__name__ if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
-            raise ValueError(f"`attention_mask` must be 2D, (batch, past + q_len), with vision tokens, got {shape}")
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, : token_types.shape[1]]
-        routing = VisionRouting.build(token_types, attention_mask, past)
-        if routing is None:
+        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
-        if kwargs.get("cu_seq_lens_q") is not None or _restarts(position_ids, attention_mask, past):
-            raise ValueError(
-                "`position_ids` or `cu_seq_lens_q` packs several samples into one row, which NSA cannot tell apart; "
-                "pass them as rows of a batch with an `attention_mask`"
-            )
-        configured = self.config.output_attentions or self.config.text_config.output_attentions
-        if kwargs.get("output_attentions", configured):
-            raise ValueError(
-                "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
-                "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
-            )
+        attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
+        routing = VisionRouting.build(token_types, attention_mask, past)
+        if routing is not None:
+            configs = self.config, self.config.text_config
+            _routing.check_sparse_call(attention_mask, position_ids, past, kwargs, *configs)
         return routing
 
     # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
@@ -388,6 +408,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             attention_mask,
             spatial_merge_size=self.config.vision_config.spatial_merge_size,
             tokens_per_second=self.config.vision_config.tokens_per_second,
+            truncate_seconds=self.config.nsa_variant == "released",
         )
 
     def compute_3d_position_ids(
@@ -429,21 +450,6 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
 
 
-def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: int) -> bool:
-    """Whether a row's positions return to zero, as those of a packed second sample do."""
-    if position_ids is None:
-        return False
-    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
-    for sample in range(axes.shape[1]):
-        positions = axes[:, sample]
-        if attention_mask is not None:
-            positions = positions[:, attention_mask[sample, past:].bool()]
-        is_zero = (positions == 0).all(0)
-        if (is_zero[1:] & (positions[0, :-1] > 0)).any():
-            return True
-    return False
-
-
 class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
@@ -472,6 +478,8 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
         # `generate` feeds the prompt in its first iteration, in one or several calls, and generated tokens, which are
         # text, after that. Only the prompt gets token types, so that decoding steps need not look at them.
         has_cache = past_key_values is not None and kwargs.get("use_cache", True)
+        if not has_cache and not is_first_iteration:
+            self._check_released_prompt("`use_cache` = False", mm_token_type_ids)
         if mm_token_type_ids is not None and (is_first_iteration or not has_cache or _is_empty(past_key_values)):
             tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
             total = tokens.shape[1] + (int(past_key_values.get_seq_length()) if has_cache else 0)
@@ -527,7 +535,25 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
                 f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} with images or videos needs "
                 f"transformers 5.23 or later, which splits them over the chunks; this is {transformers.__version__}"
             )
+        types, chunk_size = model_kwargs.get("mm_token_type_ids"), generation_config.prefill_chunk_size
+        if chunk_size and types is not None and chunk_size < types.shape[1]:
+            self._check_released_prompt(f"`prefill_chunk_size` = {chunk_size}", **model_kwargs)
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _assisted_decoding(self, *args, **kwargs):
+        self._check_released_prompt("assisted decoding", **kwargs)
+        return super()._assisted_decoding(*args, **kwargs)
+
+    def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
+        """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
+        is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"
+        if is_released and mm_token_type_ids is not None:
+            past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+            if mm_token_type_ids[:, past:].any():
+                raise ValueError(
+                    f"{argument}: with nsa_variant='released', images and videos need their whole prompt, and nothing "
+                    "after it, in one call, since its compression looks ahead"
+                )
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         # The folder will hold the code, so a fine-tune's references to another repository end here.

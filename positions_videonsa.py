@@ -14,6 +14,7 @@ def mrope_position_ids(
     *,
     spatial_merge_size: int,
     tokens_per_second: float,
+    truncate_seconds: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Temporal, height and width position of every token.
 
@@ -29,6 +30,9 @@ def mrope_position_ids(
         attention_mask: (batch, seq_len); padding, where it is 0, gets position 0 and is not counted.
         spatial_merge_size: patches along each side of a token.
         tokens_per_second: temporal positions per second.
+        truncate_seconds: cut second_per_grid_ts to integers first, as transformers 4.51 to 4.53 did, with which the
+            published VideoNSA weights were trained. Above two frames a second all steps of a video are then at one
+            temporal position.
     Returns:
         position_ids: (3, batch, seq_len), int64.
         rope_deltas: (batch, 1), int64: the next position minus the number of tokens so far.
@@ -40,6 +44,8 @@ def mrope_position_ids(
     seconds = [1.0] * len(grids[2]) if second_per_grid_ts is None else _to_list(second_per_grid_ts)
     if len(seconds) != len(grids[2]):
         raise ValueError(f"`second_per_grid_ts` = {seconds} must have one entry for each of {len(grids[2])} videos")
+    if truncate_seconds:
+        seconds = [int(value) for value in seconds]
     num_used = {1: 0, 2: 0}
     types = mm_token_type_ids.cpu()
     is_valid = torch.ones_like(types, dtype=torch.bool) if attention_mask is None else attention_mask.bool().cpu()

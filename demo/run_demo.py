@@ -146,6 +146,8 @@ def main() -> None:
         gates = torch.stack(monitor.gates).mean(0)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(BRANCHES, gates / gates.sum(), strict=True))
         print(f"Gates     {shares}")
+    if model.config.nsa_variant == "released":
+        return  # the budget counts what the paper's attention computes
     print(f"Attention {budget.fraction:.1%} of the dense pairs of query and key ({', '.join(pairs(budget))})")
     if budget.fraction > 1:
         print(

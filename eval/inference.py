@@ -105,6 +105,11 @@ class Inference:
                 self._own.processor = copy.deepcopy(self._processor)
         return self._own.processor
 
+    @property
+    def reads_prompts_whole(self) -> bool:
+        """Whether a prompt with media may not be split, nor anything be added to it, without changing what it means."""
+        return self.model.config.nsa_variant == "released" and self.model.config.nsa_mode == "sparse"
+
     @torch.inference_mode()
     def generate(
         self, inputs: dict[str, torch.Tensor], settings: GenerationSettings, cache: DynamicCache | None = None
@@ -135,6 +140,10 @@ class Inference:
         """
         inputs = self._to_device(inputs)
         counts = self._count(inputs, [0] * len(continuations))
+        before = []
+        if cache is None and self.reads_prompts_whole:
+            prompt = self.model(**inputs, use_cache=True, logits_to_keep=1)
+            cache, before = prompt.past_key_values, [prompt.logits]
         device, prompts = inputs["input_ids"].device, len(continuations)
         most = max(map(len, continuations))
         ids = torch.zeros(prompts, most, dtype=torch.long, device=device)
@@ -150,7 +159,9 @@ class Inference:
             # The media are in the cache, and positions continue from there.
             new = inputs["input_ids"][:, cache.get_seq_length() :]
             inputs = {"input_ids": new, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
-        logits = self.model(**inputs, use_cache=cache is not None, logits_to_keep=most + 1).logits[:, :-1].float()
+        keep = most + 1 - len(before)
+        after = self.model(**inputs, use_cache=cache is not None, logits_to_keep=keep).logits
+        logits = torch.cat([*before, after], 1)[:, :-1].float()
         chosen = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]  # [prompts, most]
         is_greedy = (logits.argmax(-1) == ids) | (mask == 0)
         losses = -(chosen * mask).sum(1)

@@ -55,7 +55,8 @@ class VideoNSA(lmms):
         tokens_per_frame: both pixel limits at once, in the paper's measure: this many times 28 * 28 pixels. As two
             frames share their tokens, a prompt has half as many times its frames.
         system_prompt: text or file; default: the task's, else the chat template's.
-        video_cache: answer requests about the same video from one KV cache. Greedy answers are the same without.
+        video_cache: answer requests about the same video from one KV cache. Greedy answers are the same without. Has
+            no effect where the checkpoint's `nsa_variant` is "released", which reads prompts whole.
         decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
         allow_text_only: accept prompts without image or video.
     Raises:
@@ -161,7 +162,9 @@ class VideoNSA(lmms):
         processor.plan_video(np.zeros((4, 56, 56, 3), np.uint8), **options)
         self.inference = Inference(self.model, processor, options)
         self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
-        self.video_cache, self.decode_workers, self.allow_text_only = video_cache, decode_workers, allow_text_only
+        # What the released variant computes of a video depends on the whole prompt.
+        self.video_cache = video_cache and not self.inference.reads_prompts_whole
+        self.decode_workers, self.allow_text_only = decode_workers, allow_text_only
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """An answer to each request, in their order."""

@@ -1,5 +1,7 @@
 """How much of dense attention a prompt costs: (query, key) pairs per head, counted exactly from its token types.
 
+Of the variant "paper"; "released" attends to more, and in part twice.
+
 arXiv 2510.02295 states 3.6 % of the dense budget at 128K tokens. A compressed block counts as one key.
 """
 

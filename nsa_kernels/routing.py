@@ -98,3 +98,55 @@ class VisionRouting:
             return value
 
         return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+def is_2d(attention_mask) -> bool:
+    """Whether the mask of a forward call is (batch, length), or there is none."""
+    return attention_mask is None or (isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2)
+
+
+def first_columns(attention_mask, length: int) -> torch.Tensor | None:
+    """The mask of the first `length` tokens; that of a static cache is longer.
+
+    Raises:
+        ValueError: the mask is not 2D.
+    """
+    if not is_2d(attention_mask):
+        shape = type(attention_mask).__name__ if isinstance(attention_mask, dict) else tuple(attention_mask.shape)
+        raise ValueError(f"`attention_mask` must be 2D, (batch, past + q_len), with vision tokens, got {shape}")
+    return None if attention_mask is None else attention_mask[:, :length]
+
+
+def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *configs) -> None:
+    """Raise ValueError for calls with vision tokens that NSA cannot serve.
+
+    Args:
+        attention_mask: (batch, past + q_len) or `None`.
+        position_ids: those of the call, of any shape that Qwen2.5-VL takes.
+        kwargs: further arguments of the call, which override the configs.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None or _restarts(position_ids, attention_mask, past):
+        raise ValueError(
+            "`position_ids` or `cu_seq_lens_q` packs several samples into one row, which NSA cannot tell apart; "
+            "pass them as rows of a batch with an `attention_mask`"
+        )
+    if kwargs.get("output_attentions", any(config.output_attentions for config in configs)):
+        raise ValueError(
+            "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
+            "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
+        )
+
+
+def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: int) -> bool:
+    """Whether a row's positions return to zero, as those of a packed second sample do."""
+    if position_ids is None:
+        return False
+    axes = position_ids if position_ids.ndim == 3 else position_ids[None]
+    for sample in range(axes.shape[1]):
+        positions = axes[:, sample]
+        if attention_mask is not None:
+            positions = positions[:, attention_mask[sample, past:].bool()]
+        is_zero = (positions == 0).all(0)
+        if (is_zero[1:] & (positions[0, :-1] > 0)).any():
+            return True
+    return False

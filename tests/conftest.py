@@ -25,18 +25,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-def build_config(**nsa_fields) -> VideoNSAConfig:
-    """The tiny configuration with blocks and windows so small that a video of 30 tokens is long."""
-    qwen = tiny_config(tiny_tokenizer()).to_dict()
+def build_config(text: dict | None = None, **nsa_fields) -> VideoNSAConfig:
+    """The tiny configuration with blocks and windows so small that a video of 30 tokens is long.
+
+    `text` overrides fields of Qwen2.5-VL's text configuration.
+    """
+    qwen = tiny_config(tiny_tokenizer(), **(text or {})).to_dict()
     for part in (qwen, qwen["text_config"]):
         for key in ("model_type", "architectures", "transformers_version"):
             part.pop(key, None)
     return VideoNSAConfig(**qwen, **({"block_size": 4, "block_counts": 2, "window_size": 5} | nsa_fields))
 
 
-def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", **nsa_fields):
+def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", text=None, **nsa_fields):
     """A random tiny model. Its weights are wide and its gates differ, so that every attention error shows."""
-    config = build_config(**nsa_fields)
+    config = build_config(text, **nsa_fields)
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -49,6 +52,13 @@ def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", **nsa_f
     # No end-of-sequence token: every generation has the length it was asked for.
     model.generation_config.eos_token_id = None
     return model.to(dtype).eval()
+
+
+def build_released(dtype=torch.float64, **options):
+    """`build_model` with `nsa_variant="released"`, which wants 28 heads."""
+    shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}
+    nsa = {"nsa_variant": "released", "block_size": 8, "block_counts": 2, "window_size": 5}
+    return build_model(dtype, text=shape, **(nsa | options))
 
 
 class Prompts:

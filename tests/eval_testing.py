@@ -17,11 +17,11 @@ from videonsa_eval.lmms_videonsa import VideoNSA, VideoNSASimple
 TASKS = ROOT / "eval" / "tasks"
 
 
-def save_checkpoint(folder: Path) -> Path:
+def save_checkpoint(folder: Path, build=build_model) -> Path:
     """Random weights with gates that differ, blocks of 4 tokens of which 2 are selected, windows of 5."""
     save_tiny_qwen2_5_vl(folder)
     VideoNSAProcessor.from_pretrained(folder, trust_remote_code=False).save_pretrained(folder)
-    build_model(dtype=torch.float32).save_pretrained(folder)
+    build(dtype=torch.float32).save_pretrained(folder)
     return folder
 
 

@@ -229,5 +229,19 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
+class CountSynchronisations(TorchDispatchMode):
+    """Counts the operations that would make the host wait for a GPU."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
 def _tensors(tree: object) -> list[Tensor]:
     return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

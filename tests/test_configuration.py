@@ -80,9 +80,50 @@ def test_wrong_values_name_key_and_value(name, value):
     assert getattr(config, name) == before
 
 
-def test_released_variant_says_that_it_is_missing():
-    with pytest.raises(NotImplementedError, match="nsa_variant='released'"):
-        VideoNSAConfig(nsa_variant="released")
+RELEASED = {"nsa_variant": "released", "hidden_size": 448, "num_attention_heads": 28, "num_key_value_heads": 4}
+NSA_RELEASED = {"nsa_variant": "released", "block_size": 16, "block_counts": 8}
+
+
+def test_released_variant_takes_what_the_published_code_takes(tmp_path):
+    shape = {name: RELEASED[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
+    for config in (
+        VideoNSAConfig(text_config=RELEASED | NSA_RELEASED),
+        VideoNSAConfig(text_config=shape, **NSA_RELEASED),
+        VideoNSAConfig(**shape, **NSA_RELEASED),
+        VideoNSAConfig(text_config=VideoNSATextConfig(**RELEASED, block_size=16, block_counts=8)),
+    ):
+        assert {name: getattr(config, name) for name in NSA_RELEASED} == NSA_RELEASED
+    config.save_pretrained(tmp_path)
+    assert VideoNSAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    # Neither 32 blocks of 16 nor 8 of 8 would do: the file's and the given fields count together.
+    config = VideoNSAConfig.from_pretrained(tmp_path, block_counts=4, block_size=8)
+    assert (config.block_size, config.block_counts) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 56}, "`num_attention_heads` must be 28 .*'released', got 56"),
+        ({"num_key_value_heads": 7}, "`num_key_value_heads` must be 4 .*'released', got 7"),
+        ({"block_size": 96}, "`block_size` must be a power of two .*'released', got 96"),
+        ({"block_counts": 33}, r"`block_counts` must be at most half of `block_size` \(64\) .*'released', got 33"),
+        ({"block_size": 1, "block_counts": 1}, r"`block_counts` must be at most half of `block_size` \(1\)"),
+    ],
+)
+def test_released_variant_refuses_the_rest(fields, message):
+    with pytest.raises(ValueError, match=message):
+        VideoNSATextConfig(**(RELEASED | fields))
+    paper = VideoNSATextConfig(**(RELEASED | fields | {"nsa_variant": "paper"}))
+    with pytest.raises(ValueError, match=message):
+        paper.nsa_variant = "released"
+    assert paper.nsa_variant == "paper"
+    config = VideoNSAConfig(text_config=RELEASED)
+    if len(fields) == 1:
+        (name, value) = next(iter(fields.items()))
+        before = getattr(config.text_config, name)
+        with pytest.raises(ValueError, match=message):
+            setattr(config.text_config, name, value)
+        assert getattr(config.text_config, name) == before
 
 
 @pytest.mark.parametrize("key", ["block_count", "blocksize", "windows_size", "gate_temp", "nsa_top_k", "nsa_varient"])

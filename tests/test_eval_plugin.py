@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from conftest import build_released
 from eval_testing import TASKS, about, answers, draw, evaluate, make_model, request, save_checkpoint
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
@@ -172,6 +173,32 @@ def test_an_answer_is_likely(model, checkpoint, videos):
         scored.append(Instance("loglikelihood", arguments, 0, {"task": "made_up", "doc_id": 0, "repeats": 1}))
     (loss, is_greedy), *others = texts(model.loglikelihood(scored))
     assert is_greedy and all(loss < other for other, _ in others) and not any(greedy for _, greedy in others)
+
+
+def test_released_checkpoints_read_each_prompt_whole(videos, tmp_path):
+    """Answers are those of the prompts alone, and likelihoods those of the decoding steps behind them."""
+    model = make_model(save_checkpoint(tmp_path, build_released))
+    asked = [request(model, about(videos[0], question), max_new_tokens=3) for question in QUESTIONS]
+    found = model.generate_until(asked)
+    for question, result in zip(QUESTIONS, found, strict=True):
+        prompt = model.inference.prepare([to_messages(about(videos[0], question))])
+        with torch.no_grad():
+            rows = model.model.generate(**prompt, max_new_tokens=3, do_sample=False)
+        length = prompt["input_ids"].shape[1]
+        assert model.inference.own_processor.decode(rows[0, length:], skip_special_tokens=True) == result.text
+
+    prompts = model.inference.prepare([to_messages(about(videos[0], question)) for question in QUESTIONS[:2]])
+    choices = [[5, 6, 7], [8]]
+    for (loss, _), choice, question in zip(
+        texts(model.inference.loss(prompts, choices)), choices, QUESTIONS[:2], strict=True
+    ):
+        expected = 0.0
+        with torch.no_grad():
+            step = model.model(**model.inference.prepare([to_messages(about(videos[0], question))]), use_cache=True)
+            for token in choice:
+                expected -= float(step.logits[0, -1].log_softmax(-1)[token])
+                step = model.model(input_ids=torch.tensor([[token]]), past_key_values=step.past_key_values)
+        assert loss == pytest.approx(expected, abs=1e-4)
 
 
 def test_rounds(model, videos):

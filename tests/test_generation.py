@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from conftest import build_model
-from torch.utils._python_dispatch import TorchDispatchMode
+from nsa_cases import CountSynchronisations
 from transformers import DynamicCache, StaticCache
 from transformers.generation import utils as generation_utils
 
@@ -192,20 +192,6 @@ def test_a_cache_that_ends_inside_a_video_is_refused_with_its_pixels(greedy_mode
         ).past_key_values
     with pytest.raises(ValueError, match="`past_key_values` ends inside"):
         generate(greedy_model, whole, past_key_values=cache)
-
-
-class CountSynchronisations(TorchDispatchMode):
-    """Counts the operations that would make the host wait for a GPU."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select")
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in self.NAMES
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, build_released
 from transformers import StaticCache
 
 from positions_videonsa import mrope_position_ids
@@ -44,6 +44,30 @@ def test_text_after_a_short_wide_image_starts_after_its_width():
 def test_temporal_positions_are_floored(seconds, expected):
     position_ids, _ = positions([[2] * 4], video_grid_thw=[[4, 2, 2]], second_per_grid_ts=[seconds])
     assert position_ids[0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"), [(0.5, [0, 0, 0, 0]), (1.0, [0, 2, 4, 6]), (1.99, [0, 2, 4, 6]), (2.5, [0, 4, 8, 12])]
+)
+def test_seconds_may_be_truncated(seconds, expected):
+    """As transformers 4.51 to 4.53 did: `nsa_variant="released"`. Text goes on behind the largest position still."""
+    for given in ([seconds], torch.tensor([seconds])):
+        types = [[0] * 3 + [2] * 8 + [0]]
+        kwargs = {"video_grid_thw": [[4, 2, 4]], "second_per_grid_ts": given, "truncate_seconds": True}
+        position_ids, deltas = positions(types, **kwargs)
+        assert (position_ids[0, 0, 3:11:2] - 3).tolist() == expected
+        assert position_ids[:, 0, 11].tolist() == [3 + max(expected[-1], 1) + 1] * 3
+        assert deltas.item() == position_ids[0, 0, 11] + 1 - 12
+
+
+def test_the_released_variant_truncates_in_either_mode(prompts, monkeypatch):
+    model = build_released()
+    inputs = prompts.one([3, ("video", 4, 4, 4), 2], seconds_per_grid=0.5)
+    seen = record_positions(model, monkeypatch)
+    for mode in ("sparse", "dense"):
+        model.config.nsa_mode = mode
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert [position_ids[0, 0].tolist() for position_ids in seen] == [[0, 1, 2, *[3] * 16, 5, 6], [7]] * 2
 
 
 def test_temporal_positions_are_computed_in_float32():

@@ -29,6 +29,28 @@ def test_forward_and_gradients(heads, rows, mask_elements, monkeypatch):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
 
 
+@pytest.mark.parametrize("mask_elements", [1, 100, 1 << 25])
+@pytest.mark.parametrize("positions", [[0], [39], [0, 1, 2, 17, 38], list(range(40))], ids=str)
+def test_rows_anywhere(positions, mask_elements, monkeypatch):
+    monkeypatch.setattr(text_rows, "_MASK_ELEMENTS", mask_elements)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (40, 6, 8), (40, 2, 8), (40, 2, 8)
+    q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
+    rows = torch.tensor(positions)
+    o, truth = text_rows.text_rows_attention(q[rows], k, v, 0.3, positions=rows), expected(q, k, v, 0.3)[rows]
+    torch.testing.assert_close(o, truth, atol=1e-12, rtol=1e-12)
+    do = torch.randn(o.shape, generator=generator, dtype=torch.float64)
+    for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), do) for x in (o, truth)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-12)
+
+
+def test_wrong_positions():
+    q, k = torch.zeros(3, 2, 4), torch.zeros(5, 2, 4)
+    for positions in (torch.zeros(2, dtype=torch.long), torch.zeros(3)):
+        with pytest.raises(ValueError, match=r"positions must be int32 or int64 of shape \(rows,\) = \(3,\)"):
+            text_rows.text_rows_attention(q, k, k, positions=positions)
+
+
 def test_the_default_scale():
     q, k, v = torch.randn(5, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
     assert torch.equal(text_rows.text_rows_attention(q, k, v), text_rows.text_rows_attention(q, k, v, 0.25))
@@ -46,6 +68,6 @@ def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
     monkeypatch.setattr(triton_text, "text_rows_attention", lambda *args: calls.append(args) or "o")
     q, k = torch.randn(3, 2, 4), torch.randn(5000, 2, 4)
     assert text_rows.text_rows_attention(q, k, k, backend="triton") == "o"
-    assert calls == [(q, k, k, 0.5)]
+    assert calls == [(q, k, k, 0.5, None)]
     assert torch.is_tensor(text_rows.text_rows_attention(k, k, k, backend="triton"))  # plain causal attention
     assert torch.is_tensor(text_rows.text_rows_attention(q, k, k, backend="torch")) and len(calls) == 1
