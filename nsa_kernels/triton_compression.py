@@ -87,9 +87,7 @@ def _compression_fwd_kernel(
     """o and lse of TOKENS tokens of one query head. Grid: (tiles, num_heads, batch), the last tiles first."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
     if num_tokens > 0:
         first = num_keys - num_queries + tile_start
@@ -151,9 +149,7 @@ def _compression_bwd_dq_kernel(
     """dq of TOKENS tokens of one query head, over the blocks they see. Grid: (tiles, num_heads, batch), last first."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
     if num_tokens > 0:
         first = num_keys - num_queries + tile_start
@@ -225,9 +221,7 @@ def _compression_bwd_dkv_kernel(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     kv_head, sequence = tl.program_id(2) // batch, tl.program_id(2) % batch
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_blocks = num_keys // BLOCK_SIZE
     if tile * BLOCKS < num_blocks:
         first = num_keys - num_queries

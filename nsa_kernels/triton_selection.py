@@ -180,9 +180,7 @@ def _selection_fwd_kernel(
     cache. Blocks before all of the tile's tokens need no causal mask.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
     if num_tokens > 0:
         num_heads = num_kv_heads * GROUP_SIZE
@@ -310,9 +308,7 @@ def _selection_bwd_dq_kernel(
 ):
     """dq of TOKENS tokens x the heads of a group. Grid and walk: those of the forward kernel."""
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
     if num_tokens > 0:
         num_heads = num_kv_heads * GROUP_SIZE

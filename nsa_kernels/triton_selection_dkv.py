@@ -45,9 +45,7 @@ def _pair_keys_kernel(
     number c // BLOCK_SIZE + sequence + j of num_slots per head. Missing and future blocks come after all.
     """
     head, sequence = tl.program_id(1), tl.program_id(2)
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     offs_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     offs_n = tl.arange(0, COUNTS_PAD)
     mask = (offs_t < num_queries)[:, None] & (offs_n < block_counts)[None, :]

@@ -55,9 +55,7 @@ def _window_fwd_kernel(
     """
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_row = tl.program_id(0) * ROWS
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_row < num_queries * GROUP_SIZE:
         first = num_keys - num_queries
         offs_m = start_row + tl.arange(0, ROWS)
@@ -125,9 +123,7 @@ def _window_bwd_dq_kernel(
     """dq of ROWS query rows. Grid and walk: those of the forward kernel."""
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_row = tl.program_id(0) * ROWS
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_row < num_queries * GROUP_SIZE:
         first = num_keys - num_queries
         offs_m = start_row + tl.arange(0, ROWS)
@@ -202,9 +198,7 @@ def _window_bwd_dkv_kernel(
     """
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_key = tl.program_id(0) * KEYS
-    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
-        cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
-    )
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_key < num_keys:
         first = num_keys - num_queries
         offs_n = start_key + tl.arange(0, KEYS)
