@@ -61,6 +61,7 @@ _KERNEL_FILES = """
 from .nsa_kernels/attention import *
 from .nsa_kernels/attention_budget import *
 from .nsa_kernels/compression import *
+from .nsa_kernels/dense_causal import *
 from .nsa_kernels/reference import *
 from .nsa_kernels/released import *
 from .nsa_kernels/routing import *

@@ -6,16 +6,21 @@
 Shapes are those of a 7B layer: 28 query heads, 4 key/value heads, head_dim 128, bf16, one sequence. Per length: all of
 Native Sparse Attention forward and forward+backward, each branch forward and backward, 512 text rows over all keys, and
 dense causal attention (torch's FlashAttention and cuDNN kernels, flex attention). With `--peers`, other public
-implementations (benchmarks/peers.py), each in a process of its own. Ratios are taken within this one run. The report is
-written after every length, so that what was measured survives a run that is cut off.
+implementations (benchmarks/peers.py). Ratios are taken within this one run. Each of these parts has a process of its
+own and a share of the time, and goes through the lengths in order of importance. The report is written after every
+length, so that what was measured survives whatever comes after it.
 """
 
 import argparse
+import functools
+import json
 import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DRY_RUN = "--dry-run" in sys.argv
@@ -29,11 +34,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import peers  # noqa: E402
 import timing  # noqa: E402
+import unions  # noqa: E402
 
 from nsa_kernels import attention, utils  # noqa: E402
 
-# The lengths that matter most come first: time may run out.
-TOKENS = [131072, 32768, 8192, 65536, 16384, 4096, 2048, 1024]
+# The lengths that matter most come first, time may run out, after one that takes little of it.
+TOKENS = [32768, 131072, 8192, 65536, 16384, 4096, 2048, 1024]
 FLEX_TOKENS = (8192, 32768, 131072)  # each one is compiled anew
 HEADS, HEAD_DIM, TEXT_ROWS = (28, 4), 128, 512
 NSA = {"block_size": 64, "block_counts": 32, "window_size": 256}
@@ -101,8 +107,8 @@ def nsa(lengths: utils.SequenceLengths) -> Callable:
     return lambda q, k, v, *gates: attention.nsa_attention(q, k, v, *gates, lengths, **NSA, backend="triton")
 
 
-def measure_branches(watch: timing.Stopwatch, inputs: list[torch.Tensor], lengths: utils.SequenceLengths) -> dict:
-    """Each branch's kernels alone, forward and backward, and how many different blocks neighbouring tokens select."""
+def measure_each_branch(watch: timing.Stopwatch, inputs: list[torch.Tensor], lengths: utils.SequenceLengths) -> dict:
+    """Each branch's kernels alone, forward and backward, and which blocks neighbouring tokens select together."""
     from nsa_kernels import triton_compression as compression
     from nsa_kernels import triton_selection as selection
     from nsa_kernels import triton_window as window
@@ -129,50 +135,60 @@ def measure_branches(watch: timing.Stopwatch, inputs: list[torch.Tensor], length
         "window backward": lambda: window.window_bwd(q, k, v, lse_swa, do, delta, lengths, width, scale),
     }
     results = {name: watch.measure(call) for name, call in calls.items()}
-    results["union"] = {"blocks_per_18_tokens_over_selected": union_ratio(indices, 18)}
+    results["union"] = unions.union_statistics(indices)
     return results
 
 
-def union_ratio(indices: torch.Tensor, tile: int) -> float:
-    """Distinct blocks that `tile` neighbouring tokens select, over the number that one of them does; 1 is best."""
-    tiles = len(indices) // tile
-    indices = (
-        indices[: tiles * tile].unflatten(0, (tiles, tile)).transpose(1, 2).flatten(2).long()
-    )  # [tiles, G, blocks]
-    num_blocks = int(indices.max()) + 1
-    total = 0
-    for part in indices.split(512):  # the table of all tiles would be large
-        seen = torch.zeros(*part.shape[:2], num_blocks + 1, dtype=torch.bool, device=indices.device)
-        total += int(seen.scatter_(-1, part + 1, True)[..., 1:].sum())
-    return total * tile / int((indices >= 0).sum())
-
-
-def measure_length(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
-    lengths = utils.SequenceLengths.from_lengths([tokens], device=device)
-    results = {}
+def measure_nsa(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    lengths, results = utils.SequenceLengths.from_lengths([tokens], device=device), {}
     for kind in ("video", "random"):
         inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, kind)
         results |= both_directions(watch, f"nsa ({kind})", nsa(lengths), inputs)
-        try:
-            branches = measure_branches(watch, inputs, lengths)
-            results |= {f"{name} ({kind})": result for name, result in branches.items()}
-        except Exception as error:  # the other measurements go on
-            results[f"branches ({kind})"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    q, k, v, *_ = inputs
+    return results
+
+
+def measure_dense(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    inputs, results = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "random")[:3], {}
     for name, backend in (("dense flash", "FLASH_ATTENTION"), ("dense cudnn", "CUDNN_ATTENTION")):
-        results |= both_directions(watch, name, sdpa(backend), [q, k, v])
+        results |= both_directions(watch, name, sdpa(backend), inputs)
+    return results
+
+
+def measure_branches(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    lengths, results = utils.SequenceLengths.from_lengths([tokens], device=device), {}
+    for kind in ("video", "random"):
+        if not watch.is_over():
+            inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, kind)
+            branches = measure_each_branch(watch, inputs, lengths)
+            results |= {f"{name} ({kind})": result for name, result in branches.items()}
+    return results
+
+
+def measure_text(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
     from nsa_kernels import triton_text
 
-    rows = min(TEXT_ROWS, tokens // 2)
-    text = [q[-rows:], k, v]
-    results |= both_directions(watch, f"{TEXT_ROWS} text rows", triton_text.text_rows_attention, text)
-    results |= both_directions(watch, f"{TEXT_ROWS} text rows, torch flash", text_by_flash, text)
-    if tokens in FLEX_TOKENS and not watch.is_over():
-        try:
-            results |= both_directions(watch, "dense flex", flex(tokens, device), [q, k, v])
-        except Exception as error:
-            results["dense flex forward"] = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-    return results
+    q, k, v, *_ = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "random")
+    inputs = [q[-min(TEXT_ROWS, tokens // 2) :], k, v]
+    results = both_directions(watch, f"{TEXT_ROWS} text rows", triton_text.text_rows_attention, inputs)
+    return results | both_directions(watch, f"{TEXT_ROWS} text rows, torch flash", text_by_flash, inputs)
+
+
+def measure_flex(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    if tokens not in FLEX_TOKENS:
+        return {}
+    inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "random")[:3]
+    return both_directions(watch, "dense flex", flex(tokens, device), inputs)
+
+
+# What is measured, and each one's share of the time. Each has a process of its own: a kernel that fails takes down
+# everything that comes after it in a process.
+PARTS = {
+    "nsa": (measure_nsa, 3.0),
+    "dense": (measure_dense, 2.5),
+    "branches": (measure_branches, 3.0),
+    "text": (measure_text, 1.5),
+    "flex": (measure_flex, 1.5),
+}
 
 
 def add_ratios(results: dict) -> dict:
@@ -189,36 +205,61 @@ def add_ratios(results: dict) -> dict:
     return ratios
 
 
-def measure_peer(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
-    """In a process of its own: one peer at all lengths, a line per result."""
-    import json
+def measure_part(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> int:
+    """In a process of its own: one part, or one peer, at all lengths; a line per result."""
+    watch = timing.Stopwatch(device, args.seconds, seconds_per_measurement=0.4)
+    if args.part in PARTS:
+        measure = functools.partial(PARTS[args.part][0], watch)
+    else:
+        function = peers.build(args.part, args.peers, NSA, device)
 
-    watch = timing.Stopwatch(device, args.seconds)
-    function = peers.build(args.peer, args.peers, NSA, device)
+        def measure(tokens, device, dtype):
+            inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "video")
+            return both_directions(watch, f"peer {args.part}", function, inputs)
+
     for tokens in args.tokens:
-        inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "video")
-        results = both_directions(watch, f"peer {args.peer}", function, inputs)
+        try:
+            results = {} if watch.is_over() else measure(tokens, device, dtype)
+        except Exception as error:  # out of memory, say: other lengths may do
+            traceback.print_exc()
+            results = {f"{args.part} forward": {"error": f"{type(error).__name__}: {str(error)[:300]}"}}
         print("RESULT " + json.dumps({"tokens": tokens, "results": results}), flush=True)
-        if any("error" in result for result in results.values()):
-            break  # a CUDA error leaves nothing usable behind, and larger lengths fail likewise
+        timing.synchronize(device)  # raises after a kernel that failed: nothing in this process would work any more
+    return 0
 
 
-def run_peer(name: str, args: argparse.Namespace, seconds: float) -> list[dict]:
-    import json
-
-    command = [sys.executable, __file__, "--peer", name, "--seconds", str(seconds - 5), "--tokens"]
-    command += [str(tokens) for tokens in sorted(args.tokens)]
-    command += ["--peers", str(args.peers)] if args.peers else []
-    command += ["--dry-run"] if DRY_RUN else []
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        output, reason = done.stdout, done.stderr[-300:]
-    except subprocess.TimeoutExpired as error:
-        output, reason = (error.stdout or b"").decode(), f"stopped after {seconds:.0f} s"
-    found = [json.loads(line.removeprefix("RESULT ")) for line in output.splitlines() if line.startswith("RESULT ")]
-    if not found:
-        found = [{"tokens": tokens, "results": {f"peer {name} forward": {"error": reason}}} for tokens in args.tokens]
-    return found
+def run_part(name: str, args: argparse.Namespace, seconds: float) -> Iterator[dict]:
+    """Results of a part, length by length. A process that fails is followed by one for the lengths after that."""
+    end, remaining = time.monotonic() + seconds, list(args.tokens)
+    while remaining and end - time.monotonic() > 5:
+        left = end - time.monotonic()
+        command = [sys.executable, __file__, "--part", name, "--seconds", str(left - 3), "--tokens"]
+        command += [str(tokens) for tokens in remaining]
+        command += ["--peers", str(args.peers)] if args.peers else []
+        command += ["--dry-run"] if DRY_RUN else []
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        killer = threading.Timer(left, process.kill)
+        killer.start()
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                found = json.loads(line.removeprefix("RESULT "))
+                remaining.remove(found["tokens"])
+                yield found
+            else:
+                print(line, end="", flush=True)
+        status = process.wait()
+        killer.cancel()
+        if status and remaining and time.monotonic() < end:
+            # It may have failed after its last result, on the way to the next length: that one gets another chance
+            # unless nothing at all came of this process.
+            print(f"{name}: the process for {remaining} ended with {status}", flush=True)
+            if command[command.index("--tokens") + 1] == str(remaining[0]):
+                failed = remaining.pop(0)
+                yield {"tokens": failed, "results": {f"{name} forward": {"error": f"process ended with {status}"}}}
+        elif status:
+            for tokens in remaining:
+                yield {"tokens": tokens, "results": {f"{name} forward": {"skipped": "stopped: out of time"}}}
+            return
 
 
 def plot(report: dict, path: Path) -> None:
@@ -256,67 +297,65 @@ def plot(report: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def print_length(row: dict) -> None:
-    print(f"\n{row['tokens']} tokens")
+def print_results(row: dict) -> None:
     for name, result in row["results"].items():
         if "ms" in result:
             peak = f"{result['peak_bytes'] / 2**30:8.2f} GiB" if "peak_bytes" in result else ""
-            print(f"  {name:48} {result['ms']:10.3f} ms {peak}")
+            print(f"{row['tokens']:>7} {name:48} {result['ms']:10.3f} ms {peak}")
         else:
-            print(f"  {name:48} {result}")
-    for name, ratio in row["ratios"].items():
-        print(f"  {ratio:8.2f} x  {name}")
+            print(f"{row['tokens']:>7} {name:48} {result}")
     sys.stdout.flush()
 
 
-def main() -> None:
+def print_ratios(row: dict) -> None:
+    for name, ratio in row["ratios"].items():
+        print(f"{row['tokens']:>7} {ratio:8.2f} x  {name}")
+    sys.stdout.flush()
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--seconds", type=float, default=600, help="stop starting measurements after this long")
     parser.add_argument("--peers", type=Path, help="folder with other implementations, laid out as in peers.py")
-    parser.add_argument("--peer", choices=peers.NAMES, help="measure this one alone (how --peers runs them)")
+    parser.add_argument("--part", choices=[*PARTS, *peers.NAMES], help="measure this one alone, in this process")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU where there is no GPU")
     args = parser.parse_args()
     device = timing.choose_device(args.dry_run)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    if args.peer:
-        measure_peer(args, device, dtype)
-        return
+    if args.part:
+        return measure_part(args, device, dtype)
 
+    available = [name for name in peers.NAMES if peers.is_available(name, args.peers)]
     report = {
         "command": " ".join(["python", *sys.argv]),
         "machine": timing.describe_machine(device),
         "shapes": {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": str(dtype), **NSA},
-        "lengths": [],
+        "peers": {name: "measured" if name in available else "not here" for name in peers.NAMES},
+        "lengths": [{"tokens": tokens, "results": {}, "ratios": {}} for tokens in args.tokens],
     }
+    rows = {row["tokens"]: row for row in report["lengths"]}
     end = time.monotonic() + args.seconds
-    available = [name for name in peers.NAMES if peers.is_available(name, args.peers)]
-    report["peers"] = {name: "measured" if name in available else "not here" for name in peers.NAMES}
-    # Peers take their share at the end, in processes that need the GPU for themselves.
-    watch = timing.Stopwatch(device, args.seconds - min(45 * len(available), args.seconds / 2))
-    for tokens in args.tokens:
-        row = {"tokens": tokens, "results": measure_length(watch, tokens, device, dtype)}
-        row["ratios"] = add_ratios(row["results"])
-        report["lengths"].append(row)
-        print_length(row)
-        if args.output:
-            timing.write_report(args.output, report)
-    for index, name in enumerate(available):
-        share = (end - time.monotonic()) / (len(available) - index)
-        for found in run_peer(name, args, max(share, 10)):
-            row = next(row for row in report["lengths"] if row["tokens"] == found["tokens"])
+    shares = {name: share for name, (_, share) in PARTS.items()} | dict.fromkeys(available, 2.5)
+    for name in list(shares):
+        # What a part leaves of its time goes to those after it.
+        seconds = (end - time.monotonic()) * shares[name] / sum(shares.values())
+        del shares[name]
+        for found in run_part(name, args, seconds):
+            row = rows[found["tokens"]]
             row["results"] |= found["results"]
+            row["ratios"] = add_ratios(row["results"])
+            print_results(found)
+            if args.output:
+                timing.write_report(args.output, report)
     for row in report["lengths"]:
-        row["ratios"] = add_ratios(row["results"])
-        if available:
-            print_length(row)
-    if args.output:
-        timing.write_report(args.output, report)
+        print_ratios(row)
     if args.plot:
         plot(report, args.plot)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

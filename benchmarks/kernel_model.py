@@ -10,6 +10,7 @@ The largest of the three is the model's time. docs/kernels.md says where the mea
 
 import argparse
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +114,6 @@ def nsa_costs(tokens: int, model: Model, machine: Machine, union: float, backwar
     q_bytes, kv_bytes = tokens * heads * dim * byte, tokens * groups * dim * byte
     tile, block = model.tile_tokens, model.block
     selects_all = tokens <= model.block * model.counts
-    if selects_all:  # selection runs as a window without an end
-        n = {**n, "blocks": 0}
     union = min(union, n["dense"] / n["selection"])
 
     def matrix(name, pairs_, products, l2=0.0, hbm=0.0, wasted=1.0):
@@ -133,33 +132,38 @@ def nsa_costs(tokens: int, model: Model, machine: Machine, union: float, backwar
             "block choice", operations, seconds, 0, (q_bytes + tokens * groups * model.counts * 4) / machine.hbm
         )
 
+    def dense():
+        """Selection by torch, which is dense attention; backward with the gate times do, and sums of gradients."""
+        operations = matmul * n["selection"] * (5 if backward else 2)
+        extra = [Cost("gate x do", 0, 0, 0, 2 * q_bytes / machine.hbm)] if backward else []
+        extra += [Cost("autograd's sums", 0, 0, 0, 3 * (q_bytes + 2 * kv_bytes) / machine.hbm, 3)] if backward else []
+        rate = machine.cudnn_backward if backward else machine.cudnn
+        return [Cost("selection by torch", operations, operations / rate), *extra]
+
     io = 2 * q_bytes + 2 * kv_bytes
     if not backward:
         selection = matrix("selection", n["selection"] * union, 2, walk(n["selection"] * union, tile * model.group), io)
-        if not selects_all:
-            selection.launches = 2  # the union of each tile's blocks comes first
+        selection.launches = 2  # the union of each tile's blocks comes first
         return [
             Cost("pooling", 0, 0, 0, 2 * kv_bytes / machine.hbm),
             matrix("compression", n["compression"], 2, walk(n["compression"], 128), 2 * q_bytes),
-            *([] if selects_all else [choose()]),
-            selection,
+            *(dense() if selects_all else [choose(), selection]),
             matrix("window", n["window"], 2, walk(n["window"], 126), io, wasted=1 + (block + tile) / model.window),
             Cost("gated sum", 0, 0, 0, 4 * q_bytes / machine.hbm),
         ]
     io = 3 * q_bytes + 2 * kv_bytes
     gradients = 2 * 2 * kv_bytes  # float32
-    partials = 0 if selects_all else 2 * 2 * gradients  # written and read, about two rows per row
+    partials = 2 * 2 * gradients  # written and read, about two rows per row
     gathered = n["blocks"] * groups * model.group * dim * byte * 2  # rows of q and do
     slc_dkv = matrix("selection dk, dv", n["selection"], 4, gathered, gradients + partials)
-    if not selects_all:
-        slc_dkv.launches, slc_dkv.hbm = 6, slc_dkv.hbm + n["blocks"] * groups * 8 * 2 * 6 / machine.hbm  # sorting pairs
+    slc_dkv.launches, slc_dkv.hbm = 6, slc_dkv.hbm + n["blocks"] * groups * 8 * 2 * 6 / machine.hbm  # sorting pairs
+    slc_dq = matrix("selection dq", n["selection"] * union, 3, walk(n["selection"] * union, 126), io)
     wasted = 1 + (block + tile) / model.window
     return [
         Cost("deltas and gates", 0, 0, 0, 4 * q_bytes / machine.hbm),
         matrix("compression dq", n["compression"], 3, walk(n["compression"], 128), io),
         matrix("compression dk, dv", n["compression"], 4, walk(n["compression"], 64), 2 * q_bytes),
-        matrix("selection dq", n["selection"] * union, 3, walk(n["selection"] * union, 126), io),
-        slc_dkv,
+        *(dense() if selects_all else [slc_dq, slc_dkv]),
         matrix("window dq", n["window"], 3, walk(n["window"], 126), io, wasted),
         matrix("window dk, dv", n["window"], 4, walk(n["window"], 64), io + gradients, wasted),
         Cost("sums of gradients", 0, 0, 0, (4 * q_bytes + 3 * gradients + 2 * kv_bytes) / machine.hbm, 3),
@@ -227,6 +231,60 @@ def length(tokens: int) -> str:
 
 def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
+
+
+def wrapped(text: str, prefix: str = "") -> list[str]:
+    """The lines of a paragraph, or of an item of a list."""
+    return textwrap.wrap(text, 112, initial_indent=prefix, subsequent_indent=" " * len(prefix))
+
+
+def short_sequences(model: Model, machine: Machine) -> list[str]:
+    """The part of the page that says where sparse attention is slower than dense, and what could be done about it."""
+    reach = model.block * model.counts
+    rows = []
+    for tokens in (1024, 2048, 8192, 131072):
+        costs = {cost.name: cost.seconds(machine) for cost in nsa_costs(tokens, model, machine, 1.7, False)}
+        selection = costs.pop("selection by torch", None) or costs.pop("selection")
+        row = [dense_seconds(tokens, model, machine, "cudnn", False), selection, costs["compression"]]
+        row += [costs.get("block choice", 0.0), costs["window"], costs["pooling"] + costs["gated sum"]]
+        rows.append([length(tokens), *map(ms, row)])
+    first = pairs(reach, model)["selection"] * 4 * model.heads * model.dim
+    saved_by_torch = ms(first / machine.triton - first / machine.cudnn)
+    q_seconds = 2 * 8192 * model.heads * model.dim / machine.hbm
+    lines = ["## Where sparse is slower than dense", ""]
+    lines += wrapped(
+        f"Up to {length(reach)} tokens every block is selected, so selection *is* dense attention: by torch's kernel, "
+        "where one call of it takes the sequences (`nsa_kernels/dense_causal.py`), else by Triton's window kernel "
+        "without an end. The switch is where the two are equal, `block_size * block_counts` tokens. Beyond it, the "
+        "union of a tile's blocks is never more than all blocks before it. But three branches and their gates are "
+        "computed where dense attention has one. So **the model expects sparse attention to be slower than cuDNN's "
+        "dense attention on short sequences**: at every length up to where the ratio in the tables passes 1. That is "
+        "between 8K and 16K tokens where neighbours agree (r = 1.7), and beyond 32K where they do not (r = 8). Forward "
+        "times in milliseconds, r = 1.7:"
+    )
+    lines += ["", *table(["tokens", "dense", "selection", "compression", "choice", "window", "pooling, gates"], rows)]
+    lines += ["What could be done, and why it is not:", ""]
+    for item in (
+        "*One kernel for all branches of a short sequence.* It would save launches and the branches' outputs, but its "
+        "dense part would run at Triton's rate. It would still be slower than dense attention: the window's products "
+        "come on top.",
+        "*Window and compression in one kernel.* They have nothing in common but q: a read of it and a launch, "
+        f"{ms(q_seconds + machine.launch)} ms at 8K tokens.",
+        f"*The gated sum in the selection kernel.* It would save {ms(4 * q_seconds + machine.launch)} ms at 8K tokens, "
+        "but only without a backward pass, which needs every branch's output for its gate's gradient. Later, once the "
+        "kernels have been measured.",
+        f"*torch for the first {length(reach)} tokens of a longer sequence*, which select every block too. It would "
+        f"save {saved_by_torch} ms and cost three more launches, {ms(3 * machine.launch)} ms.",
+        "*Rare blocks by pairs.* A tile walks a block with all of its rows, even where one token alone selected it. A "
+        "kernel that takes such (token, block) pairs by themselves would be cheaper for blocks of few tokens, at the "
+        "price of partial outputs for every pair and a merge. Whether it pays depends on how many of a tile's tokens "
+        "share its blocks, on real q and k, which has not been measured. `bench_kernels.py` (synthetic q and k) and "
+        "`bench_prefill.py` (those of a model with random weights) report it by length and layer, `unions.recording` "
+        "for any model that runs inside it. It should be built if `hybrid_over_union` is below 0.75 in most layers of "
+        "a trained model from 32K tokens on.",
+    ):
+        lines += wrapped(item, "* ")
+    return [*lines, ""]
 
 
 def page(model: Model, machine: Machine) -> str:
@@ -312,14 +370,8 @@ def page(model: Model, machine: Machine) -> str:
             rows.append(row)
         lines += ["Forward and backward:" if backward else "Forward:", ""]
         lines += table(["tokens", "dense, flash", "dense, cuDNN", *(f"sparse, r = {r:g}" for r in unions)], rows)
+    lines += short_sequences(model, machine)
     lines += [
-        "Up to 2K tokens every block is selected, and selection runs as a causal window without an end: dense",
-        "attention at Triton's rate, plus the other two branches. The union of a tile's blocks is never more than all",
-        "blocks before it, so selection never costs more than that at any length. But three branches are computed",
-        "where dense attention has one, so **the model expects sparse attention to be slower than cuDNN's dense",
-        "attention on short sequences**: up to where the ratio in the table passes 1, between 8K and 16K tokens where",
-        "neighbours agree (r = 1.7), and much later where they do not.",
-        "",
         "## Prefill of the 7B model",
         "",
         "Seconds for so many video tokens: linear layers, gates, attention. Without vision tower and text rows.",

@@ -1,5 +1,6 @@
 """Clocks, inputs and reports that the GPU benchmarks share."""
 
+import contextlib
 import datetime
 import gc
 import json
@@ -37,7 +38,8 @@ class Stopwatch:
     def measure(self, call: Callable[[], object], repeats: tuple[int, int] = (3, 30)) -> dict:
         """Median milliseconds of `call` and what it allocates at most; "error" or "skipped" in place of them.
 
-        The first call compiles and warms up; it is not timed.
+        The first call compiles and warms up; it is not timed. The second, by the host's clock, says how often there is
+        time to repeat it; where there is none, it is the result.
         """
         if self.is_over():
             return {"skipped": "out of time"}
@@ -49,20 +51,24 @@ class Stopwatch:
         finally:
             gc.collect()
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # after a kernel that failed, this fails as well
+                    torch.cuda.empty_cache()
 
     def _measure(self, call, repeats):
         call()
         synchronize(self.device)
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         call()
         synchronize(self.device)
         once = time.perf_counter() - start
+        if not on_gpu or once > self.seconds_per_measurement:
+            result = {"ms": once * 1e3, "runs": 1}
+            return result | {"peak_bytes": torch.cuda.max_memory_allocated(self.device) - before} if on_gpu else result
         runs = max(repeats[0], min(repeats[1], int(self.seconds_per_measurement / max(once, 1e-6))))
-        if self.device.type != "cuda":
-            return {"ms": once * 1e3, "runs": 1}
-        before = torch.cuda.memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for begin, end in events:
             self.flush.zero_()
@@ -96,13 +102,7 @@ def make_inputs(
         return torch.randn(*shape, device=device, generator=generator)
 
     def content(num):
-        index = torch.arange(tokens, device=device)
-        frame, place = index // FRAME_TOKENS, index % FRAME_TOKENS
-        steps = normal(int(frame[-1]) + 1, num, head_dim)
-        drift = steps.cumsum(0) / torch.arange(1, len(steps) + 1, device=device)[:, None, None].sqrt()
-        places = normal(FRAME_TOKENS, num, head_dim)
-        places = (places + places.roll(1, 0) + places.roll(16, 0)) / 3**0.5
-        return 0.8 * drift[frame] + 0.6 * places[place] + 0.4 * normal(tokens, num, head_dim)
+        return video_content(tokens, (num, head_dim), generator)
 
     if kind == "random":
         q, k, v = normal(tokens, num_heads, head_dim), *normal(2, tokens, num_kv_heads, head_dim)
@@ -112,6 +112,22 @@ def make_inputs(
         k, v = topic + 0.2 * normal(tokens, num_kv_heads, head_dim), content(num_kv_heads)
     gates = torch.sigmoid(normal(tokens, num_heads, 3)).to(dtype).unbind(-1)
     return [q.to(dtype), k.to(dtype), v.to(dtype), *gates]
+
+
+def video_content(tokens: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(tokens, *shape): a drift from frame to frame, something that stays in its place, and noise."""
+
+    def normal(count):
+        return torch.randn(count, *shape, device=generator.device, generator=generator)
+
+    index = torch.arange(tokens, device=generator.device)
+    frame, place = index // FRAME_TOKENS, index % FRAME_TOKENS
+    steps = normal(-(-tokens // FRAME_TOKENS))
+    lengths = torch.arange(1, len(steps) + 1, device=generator.device).sqrt()
+    drift = steps.cumsum(0) / lengths.view(-1, *[1] * len(shape))
+    places = normal(FRAME_TOKENS)
+    places = (places + places.roll(1, 0) + places.roll(16, 0)) / 3**0.5
+    return 0.8 * drift[frame] + 0.6 * places[place] + 0.4 * normal(tokens)
 
 
 def describe_machine(device: torch.device) -> dict:

@@ -7,10 +7,10 @@ and gate * exp(score - lse) = exp(score - (lse - log gate)): the kernels get do 
 is also the gradient of the gate, and an lse from which log gate is taken. So gates must not be negative.
 
 Where no sequence has more keys than block_counts * block_size, every block is selected: then selection is dense causal
-attention, runs as a window that reaches the first token, and no blocks are chosen.
+attention and no blocks are chosen. torch computes it where it can in one call (dense_causal.py), and its autograd the
+gradients; otherwise it runs as a window that reaches the first token.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import triton_compression, triton_selection, triton_tiles, triton_window, utils
+from . import dense_causal, triton_compression, triton_selection, triton_tiles, triton_window, utils
 
 try:
     import triton
@@ -26,12 +26,13 @@ try:
 except ImportError as error:
     raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
 
-_MAX_HEAD_DIM = 128
+# Programs along the second and third dimension of a grid, which are heads and sequences.
+_MAX_GRID = 65535
 # Elements that a program of the elementwise kernels handles.
 _ELEMENTS = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _gated_sum_kernel(
     o_cmp_ptr,
     o_slc_ptr,
@@ -72,18 +73,19 @@ def _gated_sum_kernel(
 
 @triton.jit
 def _fold_gate(o_ptr, offs, mask, do, gate, lse_ptr, delta_ptr, gated_lse_ptr, row, mask_row):
-    """delta and the gated lse of one branch."""
+    """delta and, if lse_ptr is not None, the gated lse of one branch."""
     o = tl.load(o_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + row, mask=mask_row, other=0.0)
-    gate = gate.to(tl.float32)
-    is_open = (gate != 0.0) & (lse != float("-inf"))
-    # A closed gate leaves no probability: exp(score - inf). A row that saw nothing has none to begin with.
-    gated_lse = tl.where(is_open, lse - tl.log(tl.where(is_open, gate, 1.0)), float("inf"))
     tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=mask_row)
-    tl.store(gated_lse_ptr + row, gated_lse, mask=mask_row)
+    if lse_ptr is not None:
+        lse = tl.load(lse_ptr + row, mask=mask_row, other=0.0)
+        gate = gate.to(tl.float32)
+        is_open = (gate != 0.0) & (lse != float("-inf"))
+        # A closed gate leaves no probability: exp(score - inf). A row that saw nothing has none to begin with.
+        gated_lse = tl.where(is_open, lse - tl.log(tl.where(is_open, gate, 1.0)), float("inf"))
+        tl.store(gated_lse_ptr + row, gated_lse, mask=mask_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _fold_gates_kernel(
     o_cmp_ptr,
     o_slc_ptr,
@@ -136,12 +138,13 @@ def _fold_gates_kernel(
 
 @triton.jit
 def _add_kernel(a_ptr, b_ptr, c_ptr, sum_ptr, num_elements, ELEMENTS: tl.constexpr):
-    """a + b + c in float32, rounded once. Grid: (tiles,)."""
+    """a + b + c in float32, rounded once; c_ptr may be None. Grid: (tiles,)."""
     offs = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     mask = offs < num_elements
     total = tl.load(a_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(b_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    total += tl.load(c_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if c_ptr is not None:
+        total += tl.load(c_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     tl.store(sum_ptr + offs, total.to(sum_ptr.dtype.element_ty), mask=mask)
 
 
@@ -174,8 +177,8 @@ def _gated_sum(outputs: list[Tensor], gates: tuple[Tensor, Tensor, Tensor]) -> T
     return o
 
 
-def _fold_gates(outputs: list[Tensor], lses: list[Tensor], gates: tuple, do: Tensor) -> tuple[Tensor, Tensor]:
-    """delta and gated lse of the three branches, (3, total_q, num_heads) each."""
+def _fold_gates(outputs: list[Tensor], lses: list[Tensor | None], gates: tuple, do: Tensor) -> tuple[Tensor, Tensor]:
+    """delta and gated lse of the three branches, (3, total_q, num_heads) each; no gated lse where lse is None."""
     delta, gated_lse = (torch.empty(3, *do.shape[:2], dtype=torch.float32, device=do.device) for _ in range(2))
     num_rows, config = do.shape[0] * do.shape[1], _rows_config(do.shape[2])
     if num_rows:
@@ -189,8 +192,7 @@ def _fold_gates(outputs: list[Tensor], lses: list[Tensor], gates: tuple, do: Ten
             do_ptr=do,
             delta_ptr=delta,
             gated_lse_ptr=gated_lse,
-            stride_dot=do.stride(0),
-            stride_doh=do.stride(1),
+            **triton_tiles.strides(do=do),
             num_rows=num_rows,
             num_heads=do.shape[1],
             **_gate_arguments(gates),
@@ -199,7 +201,7 @@ def _fold_gates(outputs: list[Tensor], lses: list[Tensor], gates: tuple, do: Ten
     return delta, gated_lse
 
 
-def _add(parts: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+def _add(parts: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> Tensor:
     total = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
     if total.numel():
         _add_kernel[(triton.cdiv(total.numel(), _ELEMENTS),)](
@@ -215,27 +217,26 @@ def _add(parts: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _check(q: Tensor, lengths: utils.SequenceLengths) -> None:
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"q must be float16, bfloat16 or float32 for backend='triton', got {q.dtype}")
-    if q.shape[2] > _MAX_HEAD_DIM:
-        raise ValueError(f"head_dim must be at most {_MAX_HEAD_DIM} for backend='triton', got {q.shape[2]}")
+    triton_tiles.check_supported(q)
     for name, tensor in (("cu_seqlens_q", lengths.cu_seqlens_q), ("cu_seqlens_k", lengths.cu_seqlens_k)):
         if tensor.device != q.device:
             raise ValueError(f"{name} must be on {q.device}, like q, for backend='triton', got {tensor.device}")
-
-
-def _current_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Context in which kernels are launched on the device of x: Triton looks at the current device, not at tensors."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    programs = q.shape[1] * (len(lengths.offsets_q) - 1)
+    if programs > _MAX_GRID:
+        raise ValueError(f"sequences x num_heads must be at most {_MAX_GRID} for backend='triton', got {programs}")
 
 
 def _prepared(function: Callable) -> Callable:
-    """Kernels index the last dimension of q, k and v without a stride, and run on the current device."""
+    """Kernels index the last dimension of q, k and v without a stride, and run on the current device.
 
+    torch.compile breaks its graph here: it would trace the launches and what decides about them.
+    """
+
+    @torch.compiler.disable
     @functools.wraps(function)
     def wrapped(q, k, v, *args):
-        with _current_device(q):
-            return function(*map(triton_tiles.unit_stride, (q, k, v)), *args)
+        with triton_tiles.current_device(q):
+            return function(*map(triton_tiles.addressable, (q, k, v)), *args)
 
     return wrapped
 
@@ -245,7 +246,7 @@ def _prepared_backward(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def wrapped(ctx, do, *args):
-        return backward(ctx, triton_tiles.unit_stride(do), *args)
+        return backward(ctx, triton_tiles.addressable(do), *args)
 
     return once_differentiable(utils.backward_without_autocast(wrapped))
 
@@ -260,15 +261,23 @@ def selects_all(lengths: utils.SequenceLengths, reach: int) -> bool:
 
 
 class _NSAFunction(torch.autograd.Function):
-    """Keeps the inputs, the outputs and lse of the branches, and the chosen blocks: memory linear in the tokens."""
+    """Keeps the inputs, the outputs and lse of the branches, and the chosen blocks: memory linear in the tokens.
+
+    o_dense is the output of selection where torch has computed it, or None; the gradient that it gets is gate * do.
+    """
 
     @staticmethod
-    def forward(ctx, q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale):
+    def forward(
+        ctx, q, k, v, g_cmp, g_slc, g_swa, o_dense, lengths, block_size, block_counts, window_size, softmax_scale
+    ):
         reach = block_size * block_counts
         if selects_all(lengths, reach):
             o_cmp, lse_cmp = triton_compression.compress(q, k, v, lengths, block_size, softmax_scale)
-            o_slc, lse_slc = triton_window.window_fwd(q, k, v, lengths, reach, softmax_scale)
             indices = None
+            if o_dense is None:
+                o_slc, lse_slc = triton_window.window_fwd(q, k, v, lengths, reach, softmax_scale)
+            else:
+                o_slc, lse_slc = o_dense, None
         else:
             o_cmp, lse_cmp, indices = triton_compression.compress_and_choose(
                 q, k, v, lengths, block_size, block_counts, softmax_scale
@@ -277,6 +286,7 @@ class _NSAFunction(torch.autograd.Function):
         o_swa, lse_swa = triton_window.window_fwd(q, k, v, lengths, window_size, softmax_scale)
         o = _gated_sum([o_cmp, o_slc, o_swa], (g_cmp, g_slc, g_swa))
         if any(ctx.needs_input_grad):
+            # With lse_slc goes the gradient of selection: torch's own, or that of the kernels here.
             ctx.save_for_backward(q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa)
             ctx.args = lengths, block_size, reach, window_size, softmax_scale
         return o
@@ -289,16 +299,20 @@ class _NSAFunction(torch.autograd.Function):
         gates = g_cmp, g_slc, g_swa
         delta, lse = _fold_gates([o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa], gates, do)
         of_cmp = triton_compression.compression_bwd(q, k, v, lse[0], do, delta[0], lengths, block_size, softmax_scale)
-        if indices is None:
+        do_dense = None
+        if lse_slc is None:
+            of_slc = None, None, None
+            do_dense = (do * g_slc[..., None]).to(do.dtype)
+        elif indices is None:
             of_slc = triton_window.window_bwd(q, k, v, lse[1], do, delta[1], lengths, reach, softmax_scale)
         else:
             of_slc = triton_selection.selection_bwd(
                 q, k, v, indices, lse[1], do, delta[1], lengths, block_size, softmax_scale
             )
         of_swa = triton_window.window_bwd(q, k, v, lse[2], do, delta[2], lengths, window_size, softmax_scale)
-        dq, dk, dv = (_add(parts, q.dtype) for parts in zip(of_cmp, of_slc, of_swa, strict=True))
+        dq, dk, dv = (_add(parts, q.dtype) for parts in zip(of_cmp, of_swa, of_slc, strict=True))
         dgates = (d.to(gate.dtype) for d, gate in zip(delta, gates, strict=True))
-        return dq, dk, dv, *dgates, None, None, None, None, None
+        return dq, dk, dv, *dgates, do_dense, None, None, None, None, None
 
 
 class _BranchFunction(torch.autograd.Function):
@@ -331,8 +345,11 @@ def nsa_attention(
         ValueError: what the kernels do not support.
     """
     _check(q, lengths)
+    o_dense = None
+    if selects_all(lengths, block_size * block_counts) and dense_causal.is_one_call(q, lengths):
+        o_dense = dense_causal.dense_causal_attention(q, k, v, lengths, softmax_scale)
     return _NSAFunction.apply(
-        q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
+        q, k, v, g_cmp, g_slc, g_swa, o_dense, lengths, block_size, block_counts, window_size, softmax_scale
     )
 
 
@@ -350,20 +367,23 @@ def compression_attention(q, k, v, lengths, block_size, softmax_scale) -> tuple[
     )
 
 
+_compress_and_choose = _prepared(triton_compression.compress_and_choose)
+
+
 @torch.no_grad()
 def select_blocks(q, k, lengths, block_size, block_counts, softmax_scale) -> Tensor:
     """`topk.select_blocks` with checked arguments."""
     _check(q, lengths)
     # The choice needs the lse of compression, whose output costs little beside it: k stands in for v.
-    choose = _prepared(triton_compression.compress_and_choose)
-    return choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]
+    return _compress_and_choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]
 
 
 @_prepared
 def selection_attention(q, k, v, block_indices, lengths, block_size, softmax_scale) -> tuple[Tensor, Tensor]:
     """`selection.selection_attention` with checked arguments."""
     _check(q, lengths)
-    block_indices = block_indices.to(torch.int32).contiguous()
+    if block_indices.dtype == torch.int64:  # what int32 cannot hold is after every token
+        block_indices = block_indices.clamp(-1, 2**31 - 1).to(torch.int32)
     settings = {"lengths": lengths, "block_size": block_size, "softmax_scale": softmax_scale}
 
     def forward(q, k, v):

@@ -116,7 +116,7 @@ def _choose_rows(
         tl.store(row_indices[:, None] + offs_n[None, :], tl.full([ROWS, COUNTS_PAD], -1, tl.int32), mask=absent)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "batch"])
 def _choose_blocks_kernel(
     q_ptr,
     k_cmp_ptr,
@@ -162,10 +162,9 @@ def _choose_blocks_kernel(
         kv_head = work % num_kv_heads
         sequence = work // num_kv_heads % batch
         tile_start = (num_tiles - 1 - work // (num_kv_heads * batch)) * TOKENS
-        start_q = tl.load(cu_seqlens_q_ptr + sequence)
-        start_k = tl.load(cu_seqlens_k_ptr + sequence)
-        num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-        num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+        start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(
+            cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence
+        )
         num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
         if num_tokens > 0:
             first = num_keys - num_queries + tile_start
@@ -295,8 +294,7 @@ def choose(
             scratch_ptr=torch.empty(scratch_shape, dtype=torch.float32, device=q.device),
             cu_seqlens_q_ptr=lengths.cu_seqlens_q,
             cu_seqlens_k_ptr=lengths.cu_seqlens_k,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
+            **triton_tiles.strides(q=q),
             num_tiles=num_tiles,
             batch=batch,
             num_kv_heads=num_kv_heads,

@@ -22,7 +22,6 @@ except ImportError as error:
     raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 # Programs that the dk, dv kernel aims for: it splits the queries until there are so many.
 _DKV_PROGRAMS, _DKV_MAX_SPLITS = 1024, 32
@@ -88,10 +87,7 @@ def _compression_fwd_kernel(
     """o and lse of TOKENS tokens of one query head. Grid: (tiles, num_heads, batch), the last tiles first."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
     if num_tokens > 0:
         first = num_keys - num_queries + tile_start
@@ -109,9 +105,7 @@ def _compression_fwd_kernel(
         scale_log2 = softmax_scale * _LOG2_E
         offs_cmp = ((start_k // BLOCK_SIZE).to(tl.int64) * num_kv_heads + kv_head) * HEAD_DIM
         stride_j = num_kv_heads * HEAD_DIM
-        row_max = tl.full([TOKENS], float("-inf"), tl.float32)
-        row_sum = tl.zeros([TOKENS], tl.float32)
-        acc = tl.zeros([TOKENS, HEAD_PAD], tl.float32)
+        row_max, row_sum, acc = triton_tiles.softmax_start(TOKENS, HEAD_PAD)
         for block in range(0, visible_to_any, BLOCKS):
             offs_j = block + tl.arange(0, BLOCKS)
             mask_j = (offs_j < visible_to_any)[:, None] & mask_d[None, :]
@@ -119,22 +113,12 @@ def _compression_fwd_kernel(
             # [BLOCKS, HEAD_PAD]
             k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
             v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             score = tl.where(offs_j[None, :] < visible[:, None], score, float("-inf"))
-            new_max = tl.maximum(row_max, tl.max(score, 1))
-            # A row that has seen nothing has no maximum: 0 instead makes its exponentials 0 rather than nan.
-            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-            p = tl.exp2(score - finite_max[:, None])
-            shrink = tl.exp2(row_max - finite_max)
-            row_sum = row_sum * shrink + tl.sum(p, 1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            row_max = new_max
-        seen = row_sum != 0.0
-        row_sum = tl.where(seen, row_sum, 1.0)
-        lse = tl.where(seen, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+            row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, mask_t)
+        o, lse = triton_tiles.softmax_result(row_max, row_sum, acc)
         row = token * num_heads + head
-        o_row = o_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
-        tl.store(o_row, (acc / row_sum[:, None]).to(o_ptr.dtype.element_ty), mask=mask_q)
+        tl.store(o_ptr + row[:, None] * HEAD_DIM + offs_d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
         tl.store(lse_ptr + row, lse, mask=mask_t)
 
 
@@ -165,10 +149,7 @@ def _compression_bwd_dq_kernel(
     """dq of TOKENS tokens of one query head, over the blocks they see. Grid: (tiles, num_heads, batch), last first."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     tile_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile_start, TOKENS)
     if num_tokens > 0:
         first = num_keys - num_queries + tile_start
@@ -198,17 +179,14 @@ def _compression_bwd_dq_kernel(
             # [BLOCKS, HEAD_PAD]
             k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
             v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
             # Rows that see nothing have lse -inf, but no column here either.
-            p = tl.where(offs_j[None, :] < visible[:, None], tl.exp2(score - lse_log2[:, None]), 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            seen = offs_j[None, :] < visible[:, None]
+            dq = triton_tiles.dq_step(q, k, v, do, lse_log2, delta, dq, scale_log2, seen, MASKED=True)
         dq_row = dq_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(dq_row, (dq * softmax_scale).to(dq_ptr.dtype.element_ty), mask=mask_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _compression_bwd_dkv_kernel(
     q_ptr,
     k_cmp_ptr,
@@ -243,10 +221,7 @@ def _compression_bwd_dkv_kernel(
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     kv_head, sequence = tl.program_id(2) // batch, tl.program_id(2) % batch
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_blocks = num_keys // BLOCK_SIZE
     if tile * BLOCKS < num_blocks:
         first = num_keys - num_queries
@@ -260,6 +235,10 @@ def _compression_bwd_dkv_kernel(
         # [BLOCKS, HEAD_PAD]
         k = tl.load(k_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
         v = tl.load(v_cmp_ptr + offs_kv, mask=mask_j, other=0.0)
+        q_base = q_ptr + start_q.to(tl.int64) * stride_qt + kv_head * GROUP_SIZE * stride_qh
+        do_base = do_ptr + start_q.to(tl.int64) * stride_dot + kv_head * GROUP_SIZE * stride_doh
+        lse_base = lse_ptr + start_q.to(tl.int64) * num_heads + kv_head * GROUP_SIZE
+        delta_base = delta_ptr + start_q.to(tl.int64) * num_heads + kv_head * GROUP_SIZE
         scale_log2 = softmax_scale * _LOG2_E
         dk = tl.zeros([BLOCKS, HEAD_PAD], tl.float32)
         dv = tl.zeros([BLOCKS, HEAD_PAD], tl.float32)
@@ -268,32 +247,28 @@ def _compression_bwd_dkv_kernel(
         num_pairs = (tl.cdiv(num_queries, TOKENS) - first_tile) * GROUP_SIZE
         for pair in range(split, num_pairs, tl.num_programs(1)):
             query = (first_tile + pair // GROUP_SIZE) * TOKENS + tl.arange(0, TOKENS)
-            head = kv_head * GROUP_SIZE + pair % GROUP_SIZE
+            head = pair % GROUP_SIZE
             mask_t = query < num_queries
             mask_q = mask_t[:, None] & mask_d[None, :]
-            token = (start_q + query).to(tl.int64)
-            offs_q = token[:, None] * stride_qt + head * stride_qh + offs_d[None, :]
-            offs_do = token[:, None] * stride_dot + head * stride_doh + offs_d[None, :]
+            offs_q = query.to(tl.int64) * stride_qt + head * stride_qh
+            offs_do = query.to(tl.int64) * stride_dot + head * stride_doh
+            offs_lse = query.to(tl.int64) * num_heads + head
             # [TOKENS, HEAD_PAD]
-            q = tl.load(q_ptr + offs_q, mask=mask_q, other=0.0)
-            do = tl.load(do_ptr + offs_do, mask=mask_q, other=0.0)
-            lse_log2 = tl.load(lse_ptr + token * num_heads + head, mask=mask_t, other=0.0) * _LOG2_E
-            delta = tl.load(delta_ptr + token * num_heads + head, mask=mask_t, other=0.0)
-            # Absent rows see no block: their q and do are zero, but exp2 of their score would be one.
-            visible = tl.where(mask_t, (first + query + 1) // BLOCK_SIZE, 0)
+            q = tl.load(q_base + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+            do = tl.load(do_base + offs_do[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+            # With an infinite lse the probabilities of rows past the end are 0.
+            lse_log2 = tl.load(lse_base + offs_lse, mask=mask_t, other=float("inf")) * _LOG2_E
+            delta = tl.load(delta_base + offs_lse, mask=mask_t, other=0.0)
+            visible = (first + query + 1) // BLOCK_SIZE
             # [BLOCKS, TOKENS]
-            score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
-            p = tl.where(offs_j[:, None] < visible[None, :], tl.exp2(score - lse_log2[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            seen = offs_j[:, None] < visible[None, :]
+            dk, dv = triton_tiles.dkv_step(q, k, v, do, lse_log2, delta, dk, dv, scale_log2, seen)
         offs_part = split.to(tl.int64) * stride_split + offs_kv
         tl.store(dk_part_ptr + offs_part, dk * softmax_scale, mask=mask_j)
         tl.store(dv_part_ptr + offs_part, dv, mask=mask_j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _mean_unpool_kernel(
     dk_part_ptr,
     dv_part_ptr,
@@ -337,15 +312,15 @@ def _mean_unpool_kernel(
         tl.store(dv_ptr + offs, tl.broadcast_to((dv / BLOCK_SIZE)[None, :], [BLOCK_PAD, HEAD_PAD]), mask=mask)
 
 
-def forward_config(dtype: torch.dtype, head_dim: int) -> dict:
+def forward_config(q: Tensor) -> dict:
     """Constexprs and launch options of the forward kernel.
 
     Tiles of float32 are small, here and below: without matrix instructions, whole rows of operands live in registers.
     """
-    wide = triton_tiles.is_wide(dtype)
+    wide = triton_tiles.is_wide(q.dtype)
     return {
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton_tiles.pad(head_dim),
+        "HEAD_DIM": q.shape[2],
+        "HEAD_PAD": triton_tiles.pad(q.shape[2]),
         "TOKENS": 32 if wide else 128,
         "BLOCKS": 16 if wide else 64,
         "num_warps": 8,
@@ -353,18 +328,18 @@ def forward_config(dtype: torch.dtype, head_dim: int) -> dict:
     }
 
 
-def backward_config(dtype: torch.dtype, head_dim: int) -> tuple[dict, dict]:
-    """Constexprs and launch options of the dq kernel and of the dk, dv kernel."""
-    wide = triton_tiles.is_wide(dtype)
-    shared = {
-        "HEAD_DIM": head_dim,
-        "HEAD_PAD": triton_tiles.pad(head_dim),
-        "num_warps": 8,
-        "num_stages": 1 if wide else 2,
-    }
-    dq = {**shared, "TOKENS": 64 if wide else 128, "BLOCKS": 32 if wide else 64}
-    dkv = {**shared, "TOKENS": 32 if wide else 64, "BLOCKS": 16 if wide else 64}
-    return dq, dkv
+def backward_config(q: Tensor) -> tuple[dict, dict]:
+    """Constexprs and launch options of the dq kernel and of the dk, dv kernel.
+
+    Hopper's MMA gives 16 rows of blocks to a warp: the 64 of the latter's products take four warps and no more. Other
+    GPUs divide the columns as well, and keep the accumulators of a larger tile in the registers of eight.
+    """
+    wide, small = triton_tiles.is_wide(q.dtype), triton_tiles.is_small(q.device)
+    shared = {"HEAD_DIM": q.shape[2], "HEAD_PAD": triton_tiles.pad(q.shape[2]), "num_stages": 1 if wide else 2}
+    dq = {**shared, "TOKENS": 16 if wide else 128, "BLOCKS": 32 if wide or small else 64, "num_warps": 8}
+    if wide:
+        return dq, {**shared, "TOKENS": 32, "BLOCKS": 16, "num_warps": 8}
+    return dq, {**shared, "TOKENS": 64 if small else 32, "BLOCKS": 64, "num_warps": 8 if small else 4}
 
 
 def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int) -> tuple[Tensor, Tensor]:
@@ -382,10 +357,7 @@ def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int)
             k_cmp_ptr=pooled[0],
             v_cmp_ptr=pooled[1],
             cu_seqlens_k_ptr=lengths.cu_seqlens_k,
-            stride_kt=k.stride(0),
-            stride_kh=k.stride(1),
-            stride_vt=v.stride(0),
-            stride_vh=v.stride(1),
+            **triton_tiles.strides(k=k, v=v),
             num_kv_heads=num_kv_heads,
             HEAD_DIM=head_dim,
             HEAD_PAD=triton_tiles.pad(head_dim),
@@ -397,10 +369,11 @@ def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int)
 
 
 def _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale):
-    total_q, num_heads, head_dim = q.shape
+    total_q, num_heads, _ = q.shape
+    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
-    config = forward_config(q.dtype, head_dim)
+    config = forward_config(q)
     num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
     if num_tiles:
         _compression_fwd_kernel[(num_tiles, num_heads, len(lengths.offsets_q) - 1)](
@@ -411,8 +384,7 @@ def _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale):
             lse_ptr=lse,
             cu_seqlens_q_ptr=lengths.cu_seqlens_q,
             cu_seqlens_k_ptr=lengths.cu_seqlens_k,
-            stride_qt=q.stride(0),
-            stride_qh=q.stride(1),
+            **triton_tiles.strides(q=q),
             num_heads=num_heads,
             num_kv_heads=k_cmp.shape[1],
             softmax_scale=softmax_scale,
@@ -491,7 +463,7 @@ def compression_bwd(
         triton_tiles.longest(lengths.offsets_q),
         triton_tiles.longest(lengths.offsets_k),
     )
-    dq_config, dkv_config = backward_config(q.dtype, head_dim)
+    dq_config, dkv_config = backward_config(q)
     shared = {
         "q_ptr": q,
         "k_cmp_ptr": k_cmp,
@@ -501,10 +473,7 @@ def compression_bwd(
         "delta_ptr": delta,
         "cu_seqlens_q_ptr": lengths.cu_seqlens_q,
         "cu_seqlens_k_ptr": lengths.cu_seqlens_k,
-        "stride_qt": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_dot": do.stride(0),
-        "stride_doh": do.stride(1),
+        **triton_tiles.strides(q=q, do=do),
         "num_kv_heads": num_kv_heads,
         "softmax_scale": softmax_scale,
         "BLOCK_SIZE": block_size,

@@ -23,8 +23,6 @@ except ImportError as error:
     raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-3.0e38)
 _NO_BLOCK = tl.constexpr(0x7FFFFFFF)
 
 # A tile's membership of a block is one int32.
@@ -55,9 +53,7 @@ def _union_kernel(
     sorted_ptr, like block_indices, and then merged: a step takes the smallest next block of all tokens.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_k_ptr + sequence)
+    start_q, _, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
     if num_tokens > 0:
         first = num_keys - num_queries + tile * TOKENS
@@ -184,10 +180,7 @@ def _selection_fwd_kernel(
     cache. Blocks before all of the tile's tokens need no causal mask.
     """
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
     if num_tokens > 0:
         num_heads = num_kv_heads * GROUP_SIZE
@@ -210,9 +203,7 @@ def _selection_fwd_kernel(
         # [ROWS, HEAD_PAD]
         q = tl.load(q_ptr + offs_q[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
         scale_log2 = softmax_scale * _LOG2_E
-        row_max = tl.full([ROWS], _LOWEST, tl.float32)
-        row_sum = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        row_max, row_sum, acc = triton_tiles.softmax_start(ROWS, HEAD_PAD)
         WHOLE: tl.constexpr = KEYS * PARTS == BLOCK_SIZE
         row_max, row_sum, acc = _attend_blocks(
             q, row_max, row_sum, acc, 0, num_past, first + offs_t, mask_m, offs_t,
@@ -224,11 +215,8 @@ def _selection_fwd_kernel(
             k_base, v_base, union_ptr + start, members_ptr + start, num_keys, stride_kt, stride_vt, scale_log2,
             MASKED=True, KEYS=KEYS, PARTS=PARTS, BLOCK_SIZE=BLOCK_SIZE, HEAD_DIM=HEAD_DIM, HEAD_PAD=HEAD_PAD,
         )  # fmt: skip
-        sees = row_sum > 0.0
-        row_sum = tl.where(sees, row_sum, 1.0)
         row_o = (token + offs_t) * num_heads + head
-        o = acc / row_sum[:, None]
-        lse = tl.where(sees, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+        o, lse = triton_tiles.softmax_result(row_max, row_sum, acc)
         tl.store(o_ptr + row_o[:, None] * HEAD_DIM + offs_d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
         tl.store(lse_ptr + row_o, lse, mask=mask_m)
 
@@ -276,14 +264,10 @@ def _dq_of_blocks(
         # [KEYS, HEAD_PAD]
         k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee")
         member = mask_m & (((members >> offs_t) & 1) != 0)
-        p = tl.exp2(score * scale_log2 - tl.where(member, lse_log2, float("inf"))[:, None])
-        if MASKED:
-            p = tl.where((offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None]), p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        ds = p * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        lse_of_members = tl.where(member, lse_log2, float("inf"))
+        seen = (offs_n < BLOCK_SIZE)[None, :] & (key[None, :] <= position[:, None])
+        dq = triton_tiles.dq_step(q, k, v, do, lse_of_members, delta, dq, scale_log2, seen, MASKED)
         block = tl.load(union_base + (step + 1) // PARTS, mask=step + 1 < end * PARTS, other=0)
     return dq
 
@@ -324,10 +308,7 @@ def _selection_bwd_dq_kernel(
 ):
     """dq of TOKENS tokens x the heads of a group. Grid and walk: those of the forward kernel."""
     tile, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     num_tokens = tl.minimum(num_queries - tile * TOKENS, TOKENS)
     if num_tokens > 0:
         num_heads = num_kv_heads * GROUP_SIZE
@@ -382,8 +363,9 @@ def union_config(tokens: int, block_counts: int) -> dict:
     }
 
 
-def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int, num_stages: int) -> dict:
-    config = triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=num_stages)
+def walk_config(q: Tensor, group_size: int, block_size: int) -> dict:
+    """Constexprs and launch options of the forward kernel and of the dq kernel."""
+    config = triton_tiles.walk_extents(q)
     tokens = max(1, min(_MAX_TILE_TOKENS, config["ROWS"] // group_size))
     rows, keys = triton_tiles.pad(tokens * group_size), min(config["KEYS"], triton_tiles.pad(block_size))
     return {
@@ -395,16 +377,6 @@ def _walk_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size:
         "PARTS": triton.cdiv(block_size, keys),
         "num_warps": max(4, config["num_warps"] * rows // config["ROWS"]),
     }
-
-
-def forward_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
-    """Constexprs and launch options of the forward kernel."""
-    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
-
-
-def dq_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
-    """Constexprs and launch options of the dq kernel."""
-    return _walk_config(dtype, group_size, head_dim, block_size, num_stages=3)
 
 
 def _unions(block_indices: Tensor, lengths: utils.SequenceLengths, block_size: int, config: dict) -> dict:
@@ -432,17 +404,6 @@ def _unions(block_indices: Tensor, lengths: utils.SequenceLengths, block_size: i
     return lists
 
 
-def _strides(q: Tensor, k: Tensor, v: Tensor) -> dict:
-    return {
-        "stride_qt": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_kt": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_vt": v.stride(0),
-        "stride_vh": v.stride(1),
-    }
-
-
 def selection_fwd(
     q: Tensor,
     k: Tensor,
@@ -463,13 +424,13 @@ def selection_fwd(
         o: like q, contiguous; 0 for a token without blocks.
         lse: (total_q, num_heads), fp32, natural log; -inf for a token without blocks.
     """
-    q, k, v = (triton_tiles.unit_stride(x) for x in (q, k, v))
+    q, k, v = (triton_tiles.addressable(x) for x in (q, k, v))
     q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if q.shape[0] == 0:
         return o, lse
-    config = forward_config(q.dtype, q.shape[1] // k.shape[1], q.shape[2], block_size)
+    config = walk_config(q, q.shape[1] // k.shape[1], block_size)
     lists = _unions(block_indices.contiguous(), lengths, block_size, config)
     num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
     _selection_fwd_kernel[(num_tiles, k.shape[1], len(lengths.offsets_q) - 1)](
@@ -479,7 +440,7 @@ def selection_fwd(
         o_ptr=o,
         lse_ptr=lse,
         softmax_scale=softmax_scale,
-        **_strides(q, k, v),
+        **triton_tiles.strides(q=q, k=k, v=v),
         **lists,
         **config,
     )
@@ -506,9 +467,9 @@ def selection_bwd(
     Returns:
         dq: like q, contiguous; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
     """
-    q, k, v, do = (triton_tiles.unit_stride(x) for x in (q, k, v, do))
+    q, k, v, do = (triton_tiles.addressable(x) for x in (q, k, v, do))
     block_indices, lse, delta = (x.contiguous() for x in (block_indices, lse, delta))
-    total_q, num_heads, head_dim = q.shape
+    total_q, num_heads, _ = q.shape
     num_kv_heads = k.shape[1]
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
@@ -521,12 +482,10 @@ def selection_bwd(
         "do_ptr": do,
         "lse_ptr": lse,
         "delta_ptr": delta,
-        "stride_dot": do.stride(0),
-        "stride_doh": do.stride(1),
         "softmax_scale": softmax_scale,
-        **_strides(q, k, v),
+        **triton_tiles.strides(q=q, k=k, v=v, do=do),
     }
-    config = dq_config(q.dtype, num_heads // num_kv_heads, head_dim, block_size)
+    config = walk_config(q, num_heads // num_kv_heads, block_size)
     num_tiles = triton.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
     _selection_bwd_dq_kernel[(num_tiles, num_kv_heads, len(lengths.offsets_q) - 1)](
         dq_ptr=dq, **shared, **_unions(block_indices, lengths, block_size, config), **config

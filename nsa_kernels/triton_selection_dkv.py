@@ -24,7 +24,7 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _MAX_SORTED_PAIRS = 1 << 23
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q", "head_start", "num_slots"])
 def _pair_keys_kernel(
     block_indices_ptr,
     key_ptr,
@@ -45,10 +45,7 @@ def _pair_keys_kernel(
     number c // BLOCK_SIZE + sequence + j of num_slots per head. Missing and future blocks come after all.
     """
     head, sequence = tl.program_id(1), tl.program_id(2)
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     offs_t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     offs_n = tl.arange(0, COUNTS_PAD)
     mask = (offs_t < num_queries)[:, None] & (offs_n < block_counts)[None, :]
@@ -63,7 +60,7 @@ def _pair_keys_kernel(
     tl.store(key_ptr + out[:, None] + offs_n[None, :], number, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head_start", "num_slots", "num_numbers", "batch"])
 def _selection_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -153,20 +150,15 @@ def _selection_bwd_dkv_kernel(
             lse_log2 = tl.load(lse_ptr + offs_lse, mask=mask_m, other=float("inf")) * _LOG2_E
             delta = tl.load(delta_ptr + offs_lse, mask=mask_m, other=0.0)
             # [KEYS, ROWS]
-            score = tl.dot(k, tl.trans(q), input_precision="ieee")
             seen = key[:, None] <= (token + shift)[None, :]
-            p = tl.where(seen, tl.exp2(score * scale_log2 - lse_log2[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dk, dv = triton_tiles.dkv_step(q, k, v, do, lse_log2, delta, dk, dv, scale_log2, seen)
         offs_part = (run.to(tl.int64) * BLOCK_SIZE + offs_n)[:, None] * HEAD_DIM + offs_d[None, :]
         mask_part = (offs_n < BLOCK_SIZE)[:, None] & mask_d[None, :]
         tl.store(dk_part_ptr + offs_part, dk * softmax_scale, mask=mask_part)
         tl.store(dv_part_ptr + offs_part, dv, mask=mask_part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["head_start", "num_slots"])
 def _sum_runs_kernel(
     dk_part_ptr,
     dv_part_ptr,
@@ -218,12 +210,12 @@ def pairs_config(block_counts: int) -> dict:
     return {"TOKENS": max(1, 1024 // counts_pad), "COUNTS_PAD": counts_pad, "num_warps": 4}
 
 
-def dkv_config(dtype: torch.dtype, group_size: int, head_dim: int, block_size: int) -> dict:
+def dkv_config(q: Tensor, group_size: int, block_size: int) -> dict:
     """Constexprs and launch options of the dk, dv kernel.
 
     Hopper's MMA gives 16 rows of keys to a warp: with more than four warps for 64 keys, warps would repeat each other.
     """
-    config = triton_tiles.extents(dtype, head_dim, 32, 64, num_warps=4, num_stages=3)
+    config = triton_tiles.extents(q, 32, 64, num_warps=4, num_stages=3)
     return {**config, "GROUP_SIZE": group_size, "KEYS": min(config["KEYS"], triton_tiles.pad(block_size))}
 
 
@@ -247,7 +239,7 @@ def _dkv_of_heads(dk, dv, block_indices, lengths, block_size, head_start, num_pa
     """Write dk and dv of num_passed key/value heads from head_start on."""
     total_q, num_kv_heads, block_counts = block_indices.shape
     q, device = shared["q_ptr"], block_indices.device
-    config = dkv_config(q.dtype, q.shape[1] // num_kv_heads, q.shape[2], block_size)
+    config = dkv_config(q, q.shape[1] // num_kv_heads, block_size)
     batch = len(lengths.offsets_q) - 1
     max_q, max_k = triton_tiles.longest(lengths.offsets_q), triton_tiles.longest(lengths.offsets_k)
     num_slots = dk.shape[0] // block_size + batch

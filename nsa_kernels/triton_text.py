@@ -61,13 +61,14 @@ def _load_keys(ptr, offs_n, stride_t, num_keys, HEAD_DIM: tl.constexpr, HEAD_PAD
 
 @triton.jit
 def _attend_keys(
-    acc,
     row_max,
     row_sum,
+    acc,
     q,
     k_ptr,
     v_ptr,
     position,
+    mask_m,
     start,
     stop,
     num_keys,
@@ -88,18 +89,11 @@ def _attend_keys(
         if MASKED:
             seen = (offs_n[None, :] <= position[:, None]) & (offs_n < stop)[None, :]
             score = tl.where(seen, score, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(score, 1) * scale_log2)
-        # A row that has seen nothing has no maximum: 0 instead makes its exponentials 0 rather than nan.
-        finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(score * scale_log2 - finite_max[:, None])
-        shrink = tl.exp2(row_max - finite_max)
-        row_sum = row_sum * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        row_max = new_max
-    return acc, row_max, row_sum
+        row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, mask_m)
+    return row_max, row_sum, acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _text_fwd_kernel(
     q_ptr,
     k_ptr,
@@ -151,31 +145,26 @@ def _text_fwd_kernel(
     # Keys of this share that no row of the tile has to mask, in whole blocks.
     unmasked = tl.maximum(tl.minimum(stop, seen_by_all) - start, 0) // BLOCK_N * BLOCK_N + start
 
-    k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
-    v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
+    k_base = k_ptr + kv_head * stride_kh
+    v_base = v_ptr + kv_head * stride_vh
     scale_log2 = softmax_scale * _LOG2_E
-    row_max = tl.full([TILE_ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([TILE_ROWS], tl.float32)
-    acc = tl.zeros([TILE_ROWS, HEAD_PAD], tl.float32)
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q, k_base, v_base, position, start, unmasked, num_keys,
+    row_max, row_sum, acc = triton_tiles.softmax_start(TILE_ROWS, HEAD_PAD)
+    row_max, row_sum, acc = _attend_keys(
+        row_max, row_sum, acc, q, k_base, v_base, position, mask_m, start, unmasked, num_keys,
         stride_kt, stride_vt, scale_log2, HEAD_DIM, HEAD_PAD, BLOCK_N, False,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend_keys(
-        acc, row_max, row_sum, q, k_base, v_base, position, unmasked, stop, num_keys,
+    row_max, row_sum, acc = _attend_keys(
+        row_max, row_sum, acc, q, k_base, v_base, position, mask_m, unmasked, stop, num_keys,
         stride_kt, stride_vt, scale_log2, HEAD_DIM, HEAD_PAD, BLOCK_N, True,
     )  # fmt: skip
 
-    seen = row_sum > 0.0
-    row_sum = tl.where(seen, row_sum, 1.0)
-    lse = tl.where(seen, (row_max + tl.log2(row_sum)) * _LN_2, float("-inf"))
+    o, lse = triton_tiles.softmax_result(row_max, row_sum, acc)
     offs_o = (split * num_rows + row).to(tl.int64) * num_heads + head
-    o = (acc / row_sum[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + offs_o[:, None] * HEAD_DIM + offs_d[None, :], o, mask=mask_q)
+    tl.store(o_ptr + offs_o[:, None] * HEAD_DIM + offs_d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
     tl.store(lse_ptr + offs_o, lse, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_outputs", "num_splits"])
 def _text_merge_kernel(
     o_part_ptr,
     lse_part_ptr,
@@ -213,7 +202,7 @@ def _text_merge_kernel(
     tl.store(lse_ptr + offs_m, lse_max + tl.log2(total) * _LN_2, mask=mask_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _text_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -265,26 +254,23 @@ def _text_bwd_dq_kernel(
     share = tl.cdiv(tl.cdiv(num_seen, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     start = split * share
     stop = tl.minimum(start + share, num_seen)
-    k_base = k_ptr + kv_head.to(tl.int64) * stride_kh
-    v_base = v_ptr + kv_head.to(tl.int64) * stride_vh
+    k_base = k_ptr + kv_head * stride_kh
+    v_base = v_ptr + kv_head * stride_vh
     scale_log2 = softmax_scale * _LOG2_E
     dq = tl.zeros([TILE_ROWS, HEAD_PAD], tl.float32)
     for block in range(start, stop, BLOCK_N):
         offs_n = block + tl.arange(0, BLOCK_N)
         k = _load_keys(k_base, offs_n, stride_kt, num_keys, HEAD_DIM, HEAD_PAD, True)
         v = _load_keys(v_base, offs_n, stride_vt, num_keys, HEAD_DIM, HEAD_PAD, True)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         # Shares are whole blocks, so the next share's keys begin after this loop's last block.
         seen = offs_n[None, :] <= position[:, None]
-        p = tl.where(seen, tl.exp2(score - lse_log2[:, None]), 0.0)
-        dscore = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
-        dq = tl.dot(dscore.to(k.dtype), k, dq, input_precision="ieee")
+        dq = triton_tiles.dq_step(q, k, v, do, lse_log2, delta, dq, scale_log2, seen, MASKED=True)
     offs_dq = (split * num_rows + row).to(tl.int64) * num_heads + head
     dq = (dq * softmax_scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offs_dq[:, None] * HEAD_DIM + offs_d[None, :], dq, mask=mask_q)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_keys"])
 def _text_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -320,8 +306,8 @@ def _text_bwd_dkv_kernel(
     offs_n = block + tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, HEAD_PAD)
     mask_d = offs_d < HEAD_DIM
-    k = _load_keys(k_ptr + kv_head.to(tl.int64) * stride_kh, offs_n, stride_kt, num_keys, HEAD_DIM, HEAD_PAD, True)
-    v = _load_keys(v_ptr + kv_head.to(tl.int64) * stride_vh, offs_n, stride_vt, num_keys, HEAD_DIM, HEAD_PAD, True)
+    k = _load_keys(k_ptr + kv_head * stride_kh, offs_n, stride_kt, num_keys, HEAD_DIM, HEAD_PAD, True)
+    v = _load_keys(v_ptr + kv_head * stride_vh, offs_n, stride_vt, num_keys, HEAD_DIM, HEAD_PAD, True)
     # Rows are ordered by position: the blind ones come first.
     if HAS_POSITIONS:
         num_blind = 0
@@ -350,43 +336,39 @@ def _text_bwd_dkv_kernel(
         lse_log2 = tl.load(lse_ptr + offs_h, mask=mask_m, other=0.0) * _LOG2_E
         delta = tl.load(delta_ptr + offs_h, mask=mask_m, other=0.0)
         position = _row_positions(positions_ptr, row, num_rows, num_keys, HAS_POSITIONS)
-        # Transposed, [BLOCK_N, TILE_ROWS]
-        score = tl.dot(k, tl.trans(q), input_precision="ieee") * scale_log2
+        # [BLOCK_N, TILE_ROWS]
         seen = offs_n[:, None] <= position[None, :]
-        p = tl.where(seen, tl.exp2(score - lse_log2[None, :]), 0.0)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dscore = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :])
-        dk = tl.dot(dscore.to(q.dtype), q, dk, input_precision="ieee")
+        dk, dv = triton_tiles.dkv_step(q, k, v, do, lse_log2, delta, dk, dv, scale_log2, seen)
     mask = (offs_n < num_keys)[:, None] & mask_d[None, :]
     offs = (offs_n.to(tl.int64) * num_kv_heads + kv_head)[:, None] * HEAD_DIM + offs_d[None, :]
     tl.store(dk_ptr + offs, (dk * softmax_scale).to(dk_ptr.dtype.element_ty), mask=mask)
     tl.store(dv_ptr + offs, dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-def forward_config(dtype: torch.dtype, num_rows: int, group_size: int, head_dim: int) -> dict:
+def forward_config(q: Tensor, num_rows: int, group_size: int) -> dict:
     """Constexprs and launch options of the forward kernel: tiles as small as the rows, up to 128."""
-    wide = triton_tiles.is_wide(dtype)
+    wide, head_dim = triton_tiles.is_wide(q.dtype), q.shape[2]
     rows = max(16, min(16 if wide else 128, triton.next_power_of_2(num_rows * group_size)))
     return {
         "GROUP_SIZE": group_size,
         "HEAD_DIM": head_dim,
         "HEAD_PAD": triton_tiles.pad(head_dim),
         "TILE_ROWS": rows,
-        "BLOCK_N": 32 if wide else 64,
+        "BLOCK_N": 16 if wide else 64,
         "num_warps": 8 if rows == 128 or wide else 4,
         "num_stages": 1 if wide else 3,
     }
 
 
-def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> tuple[dict, dict]:
+def backward_config(q: Tensor, group_size: int) -> tuple[dict, dict]:
     """Constexprs and launch options of the dq kernel and of the dk, dv kernel.
 
     Hopper's MMA gives 16 rows to a warp: 64 keys, the rows of the latter's products, take four warps and no more.
     """
-    wide = triton_tiles.is_wide(dtype)
+    wide, small, head_dim = triton_tiles.is_wide(q.dtype), triton_tiles.is_small(q.device), q.shape[2]
     shared = {"GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "HEAD_PAD": triton_tiles.pad(head_dim)}
     shared["num_stages"] = 1 if wide else 2
-    dq = {**shared, "TILE_ROWS": 16 if wide else 128, "BLOCK_N": 32 if wide else 64, "num_warps": 8}
+    dq = {**shared, "TILE_ROWS": 16 if wide else 128, "BLOCK_N": 32 if wide or small else 64, "num_warps": 8}
     dkv = {**shared, "TILE_ROWS": 16 if wide else 32, "BLOCK_N": 32 if wide else 64, "num_warps": 8 if wide else 4}
     return dq, dkv
 
@@ -435,12 +417,7 @@ def _arguments(q, k, v, positions, softmax_scale) -> dict:
         "k_ptr": k,
         "v_ptr": v,
         "positions_ptr": q if positions is None else positions,  # never read without positions
-        "stride_qt": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_kt": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_vt": v.stride(0),
-        "stride_vh": v.stride(1),
+        **triton_tiles.strides(q=q, k=k, v=v),
         "num_rows": q.shape[0],
         "num_keys": k.shape[0],
         "num_kv_heads": k.shape[1],
@@ -454,9 +431,8 @@ def text_rows_fwd(
 ) -> tuple[Tensor, Tensor]:
     """o like q, and lse (rows, num_heads), fp32, natural log; arguments as those of `text_rows_attention`."""
     (rows, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
-    # The kernel takes maxima before it scales, which needs a scale above zero.
-    q, softmax_scale = (-q if softmax_scale < 0 else q), max(abs(softmax_scale), 1e-30)
-    config = forward_config(q.dtype, rows, heads // kv_heads, head_dim)
+    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    config = forward_config(q, rows, heads // kv_heads)
     tiles = triton.cdiv(rows * (heads // kv_heads), config["TILE_ROWS"])
     splits = _splits(q.device, tiles * kv_heads, keys, config["num_warps"])
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -494,15 +470,14 @@ def text_rows_bwd(
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv like q, k, v; do like q, contiguous in its last dimension. No atomics: repeated runs agree."""
-    (rows, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
-    config, dkv_config = backward_config(q.dtype, heads // kv_heads, head_dim)
+    (rows, heads, _), (keys, kv_heads, _) = q.shape, k.shape
+    config, dkv_config = backward_config(q, heads // kv_heads)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
     arguments = {
         **_arguments(q, k, v, positions, softmax_scale),
         "do_ptr": do,
-        "stride_dot": do.stride(0),
-        "stride_doh": do.stride(1),
+        **triton_tiles.strides(do=do),
         "lse_ptr": lse,
         "delta_ptr": (o.float() * do.float()).sum(-1),
     }
@@ -531,9 +506,10 @@ class _TextRowsFunction(torch.autograd.Function):
     @utils.backward_without_autocast
     def backward(ctx, do):
         q, k, v, o, lse, positions = ctx.saved_tensors
-        return *text_rows_bwd(q, k, v, o, lse, triton_tiles.unit_stride(do), ctx.softmax_scale, positions), None, None
+        return *text_rows_bwd(q, k, v, o, lse, triton_tiles.addressable(do), ctx.softmax_scale, positions), None, None
 
 
+@torch.compiler.disable
 def text_rows_attention(
     q: Tensor,
     k: Tensor,
@@ -556,16 +532,19 @@ def text_rows_attention(
     """
     lengths = utils.SequenceLengths.from_lengths([q.shape[0]], [k.shape[0]])
     utils.check_qkv(q, k, v, lengths)
-    if q.dtype == torch.float64:
-        raise ValueError("q must be float16, bfloat16 or float32 for a Triton kernel, got torch.float64")
-    if positions is not None and (positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"positions must be int32 or int64 of shape (rows,) = ({q.shape[0]},), "
-            f"got {positions.dtype} {tuple(positions.shape)}"
-        )
+    triton_tiles.check_supported(q)
+    if positions is not None:
+        if positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"positions must be int32 or int64 of shape (rows,) = ({q.shape[0]},), "
+                f"got {positions.dtype} {tuple(positions.shape)}"
+            )
+        if positions.device != q.device:
+            raise ValueError(f"positions must be on {q.device}, like q, got {positions.device}")
+        positions = positions.contiguous()
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
     if not q.shape[0]:
         return torch.empty_like(q)
-    q, k, v = map(triton_tiles.unit_stride, (q, k, v))
-    with utils.no_autocast(q.device):
+    q, k, v = map(triton_tiles.addressable, (q, k, v))
+    with utils.no_autocast(q.device), triton_tiles.current_device(q):
         return _TextRowsFunction.apply(q, k, v, softmax_scale, positions)

@@ -20,8 +20,6 @@ except ImportError as error:
     raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
-_LOWEST = tl.constexpr(-3.0e38)
 
 # No position is further away than this; longer windows would overflow int32 sums.
 _LONGEST_WINDOW = 1 << 30
@@ -57,10 +55,7 @@ def _window_fwd_kernel(
     """
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_row = tl.program_id(0) * ROWS
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_row < num_queries * GROUP_SIZE:
         first = num_keys - num_queries
         offs_m = start_row + tl.arange(0, ROWS)
@@ -78,9 +73,7 @@ def _window_fwd_kernel(
         k_base = k_ptr + start_k.to(tl.int64) * stride_kt + kv_head * stride_kh
         v_base = v_ptr + start_k.to(tl.int64) * stride_vt + kv_head * stride_vh
 
-        row_max = tl.full([ROWS], _LOWEST, tl.float32)
-        row_sum = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, HEAD_PAD], tl.float32)
+        row_max, row_sum, acc = triton_tiles.softmax_start(ROWS, HEAD_PAD)
         end = first + tl.minimum((start_row + ROWS - 1) // GROUP_SIZE + 1, num_queries)
         for key in range(tl.maximum(first + start_row // GROUP_SIZE - window_size + 1, 0), end, KEYS):
             offs_n = key + tl.arange(0, KEYS)
@@ -93,11 +86,10 @@ def _window_fwd_kernel(
             inside = (offs_n[None, :] <= position[:, None]) & (offs_n[None, :] > (position - window_size)[:, None])
             score = tl.where(inside, score, float("-inf"))
             row_max, row_sum, acc = triton_tiles.softmax_step(score, scale_log2, row_max, row_sum, acc, v, mask_m)
-        row_sum = tl.where(mask_m, row_sum, 1.0)
         row_o = token * num_heads + head
-        o = acc / row_sum[:, None]
+        o, lse = triton_tiles.softmax_result(row_max, row_sum, acc)
         tl.store(o_ptr + row_o[:, None] * HEAD_DIM + offs_d[None, :], o.to(o_ptr.dtype.element_ty), mask=mask_q)
-        tl.store(lse_ptr + row_o, (row_max + tl.log2(row_sum)) * _LN_2, mask=mask_m)
+        tl.store(lse_ptr + row_o, lse, mask=mask_m)
 
 
 @triton.jit
@@ -131,10 +123,7 @@ def _window_bwd_dq_kernel(
     """dq of ROWS query rows. Grid and walk: those of the forward kernel."""
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_row = tl.program_id(0) * ROWS
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_row < num_queries * GROUP_SIZE:
         first = num_keys - num_queries
         offs_m = start_row + tl.arange(0, ROWS)
@@ -166,12 +155,8 @@ def _window_bwd_dq_kernel(
             # [KEYS, HEAD_PAD]
             k = tl.load(k_base + offs_row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
             v = tl.load(v_base + offs_row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
-            score = tl.dot(q, tl.trans(k), input_precision="ieee")
             inside = (offs_n[None, :] <= position[:, None]) & (offs_n[None, :] > (position - window_size)[:, None])
-            p = tl.where(inside, tl.exp2(score * scale_log2 - lse_log2[:, None]), 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-            ds = p * (dp - delta[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = triton_tiles.dq_step(q, k, v, do, lse_log2, delta, dq, scale_log2, inside, MASKED=True)
         dq *= softmax_scale
         tl.store(dq_ptr + row_o[:, None] * HEAD_DIM + offs_d[None, :], dq.to(dq_ptr.dtype.element_ty), mask=mask_q)
 
@@ -213,10 +198,7 @@ def _window_bwd_dkv_kernel(
     """
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_key = tl.program_id(0) * KEYS
-    start_q = tl.load(cu_seqlens_q_ptr + sequence)
-    start_k = tl.load(cu_seqlens_k_ptr + sequence)
-    num_queries = tl.load(cu_seqlens_q_ptr + sequence + 1) - start_q
-    num_keys = tl.load(cu_seqlens_k_ptr + sequence + 1) - start_k
+    start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if start_key < num_keys:
         first = num_keys - num_queries
         offs_n = start_key + tl.arange(0, KEYS)
@@ -252,31 +234,25 @@ def _window_bwd_dkv_kernel(
             # With an infinite lse the probabilities of rows past the end are 0.
             lse_log2 = tl.load(lse_base + offs_lse, mask=mask_m, other=float("inf")) * _LOG2_E
             delta = tl.load(delta_base + offs_lse, mask=mask_m, other=0.0)
-            # [KEYS, ROWS]
-            score = tl.dot(k, tl.trans(q), input_precision="ieee")
             position = first + query
+            # [KEYS, ROWS]
             inside = (offs_n[:, None] <= position[None, :]) & (offs_n[:, None] > (position - window_size)[None, :])
-            p = tl.where(inside, tl.exp2(score * scale_log2 - lse_log2[None, :]), 0.0)
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dk, dv = triton_tiles.dkv_step(q, k, v, do, lse_log2, delta, dk, dv, scale_log2, inside)
         offs_out = (row_k * num_kv_heads + kv_head)[:, None] * HEAD_DIM + offs_d[None, :]
         tl.store(dk_ptr + offs_out, dk * softmax_scale, mask=mask_n)
         tl.store(dv_ptr + offs_out, dv, mask=mask_n)
 
 
-def forward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> dict:
+def forward_config(q: Tensor, group_size: int) -> dict:
     """Constexprs and launch options of the forward kernel."""
-    return {"GROUP_SIZE": group_size, **triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=3)}
+    return {"GROUP_SIZE": group_size, **triton_tiles.walk_extents(q)}
 
 
-def backward_config(dtype: torch.dtype, group_size: int, head_dim: int) -> tuple[dict, dict]:
+def backward_config(q: Tensor, group_size: int) -> tuple[dict, dict]:
     """Constexprs and launch options of the dq kernel and of the dk, dv kernel."""
-    dq = triton_tiles.extents(dtype, head_dim, 128, 64, num_warps=8, num_stages=3)
     # Hopper's MMA gives 16 rows of keys to a warp: with more than four for 64 keys, warps would repeat each other.
-    dkv = triton_tiles.extents(dtype, head_dim, 32, 64, num_warps=4, num_stages=2)
-    return {"GROUP_SIZE": group_size, **dq}, {"GROUP_SIZE": group_size, **dkv}
+    dkv = triton_tiles.extents(q, 32, 64, num_warps=4, num_stages=2)
+    return {"GROUP_SIZE": group_size, **triton_tiles.walk_extents(q)}, {"GROUP_SIZE": group_size, **dkv}
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, lengths: utils.SequenceLengths, window_size: int) -> dict:
@@ -286,12 +262,7 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, lengths: utils.SequenceLengths, 
         "v_ptr": v,
         "cu_seqlens_q_ptr": lengths.cu_seqlens_q,
         "cu_seqlens_k_ptr": lengths.cu_seqlens_k,
-        "stride_qt": q.stride(0),
-        "stride_qh": q.stride(1),
-        "stride_kt": k.stride(0),
-        "stride_kh": k.stride(1),
-        "stride_vt": v.stride(0),
-        "stride_vh": v.stride(1),
+        **triton_tiles.strides(q=q, k=k, v=v),
         "num_heads": q.shape[1],
         "window_size": min(window_size, _LONGEST_WINDOW),
     }
@@ -308,11 +279,11 @@ def window_fwd(
     Returns:
         o: like q, contiguous. lse: (total_q, num_heads), fp32, natural log.
     """
-    q, k, v = (triton_tiles.unit_stride(x) for x in (q, k, v))
+    q, k, v = (triton_tiles.addressable(x) for x in (q, k, v))
     q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    config = forward_config(q.dtype, q.shape[1] // k.shape[1], q.shape[2])
+    config = forward_config(q, q.shape[1] // k.shape[1])
     num_rows = triton_tiles.longest(lengths.offsets_q) * config["GROUP_SIZE"]
     if num_rows:
         _window_fwd_kernel[(triton.cdiv(num_rows, config["ROWS"]), k.shape[1], len(lengths.offsets_q) - 1)](
@@ -344,18 +315,17 @@ def window_bwd(
     Returns:
         dq: like q, contiguous; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
     """
-    q, k, v, do = (triton_tiles.unit_stride(x) for x in (q, k, v, do))
+    q, k, v, do = (triton_tiles.addressable(x) for x in (q, k, v, do))
     lse, delta = lse.contiguous(), delta.contiguous()
     num_kv_heads, batch = k.shape[1], len(lengths.offsets_q) - 1
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
-    dq_config, dkv_config = backward_config(q.dtype, q.shape[1] // num_kv_heads, q.shape[2])
+    dq_config, dkv_config = backward_config(q, q.shape[1] // num_kv_heads)
     shared = {
         "do_ptr": do,
         "lse_ptr": lse,
         "delta_ptr": delta,
-        "stride_dot": do.stride(0),
-        "stride_doh": do.stride(1),
+        **triton_tiles.strides(do=do),
         "softmax_scale": softmax_scale,
         **_arguments(q, k, v, lengths, window_size),
     }

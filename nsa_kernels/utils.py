@@ -113,7 +113,7 @@ class SequenceLengths:
         else:
             offsets_q, offsets_k = map(tuple, torch.stack([cu_seqlens_q, cu_seqlens_k]).tolist())
         _check_offsets(offsets_q, offsets_k)
-        return cls(cu_seqlens_q, cu_seqlens_k, offsets_q, offsets_k)
+        return cls(cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), offsets_q, offsets_k)
 
     def spans(self) -> Iterator[Span]:
         """The sequences that have at least one query."""

@@ -51,6 +51,35 @@ if __name__ == "__main__":
 """
 
 
+LAUNCHES = """
+import sys
+
+sys.path.insert(0, "{tools}")
+import aot_report
+import torch
+from nsa_kernels import triton_attention, triton_text, utils
+
+
+def launches(lengths, keys, text_rows):
+    with aot_report.Recorder().recording() as recorder:
+        rows = lambda count, heads: torch.empty(count, heads, 128, dtype=torch.bfloat16, device="cuda")
+        lengths = utils.SequenceLengths.from_lengths(lengths, keys, device="cuda")
+        q, k, v = rows(lengths.offsets_q[-1], 28), *(rows(lengths.offsets_k[-1], 4) for _ in range(2))
+        gates = torch.empty(len(q), 28, 3, dtype=torch.bfloat16, device="cuda").unbind(-1)
+        context = aot_report.FakeContext()
+        triton_attention._NSAFunction.forward(context, q, k, v, *gates, None, lengths, 64, 32, 256, 0.1)
+        triton_attention._NSAFunction.backward(context, q)
+        o, lse = triton_text.text_rows_fwd(q[:text_rows], k, v, 0.1)
+        triton_text.text_rows_bwd(q[:text_rows], k, v, o, lse, o, 0.1)
+    return set(recorder.launches)
+
+
+first = launches([5001], [5001], 100)
+for other in (([8000], [8000], 96), ([4096], [8192], 128), ([3, 6000, 37, 4096], [70, 6000, 37, 8000], 1001)):
+    print(sorted(launch.kernel for launch in launches(*other) - first))
+"""
+
+
 def run(*command, timeout=1200):
     return subprocess.run(
         [sys.executable, *map(str, command)],
@@ -80,6 +109,15 @@ def test_a_spill_is_found_and_arguments_are_specialised(tmp_path):
         "True True",
         "(('stride', 1), ('ELEMENTS', 64)) ('x_ptr', 'stride')",
     ]
+
+
+def test_kernels_are_not_compiled_anew_for_other_lengths(tmp_path):
+    """Nor for other numbers of sequences. Block choice has as many columns, a power of two, in all of these."""
+    script = tmp_path / "launches.py"
+    script.write_text(LAUNCHES.format(tools=TOOL.parent))
+    result = run(script)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.splitlines() == ["[]", "[]", "[]"]
 
 
 def test_the_committed_table_lists_every_kernel():

@@ -1,5 +1,6 @@
 """backend="triton" of the public functions: against the oracle, and what the dispatch promises."""
 
+import contextlib
 import logging
 
 import pytest
@@ -156,6 +157,72 @@ def test_branches_by_themselves():
             torch.testing.assert_close(a, e, rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_lengths_may_be_strided():
+    """Kernels read them on the device, one after the other."""
+    inputs = on_device([*SMALL.qkv(torch.float32), *SMALL.gates(torch.float32)])
+    boundaries = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ((0, 5, 25), (0, 5, 45))]
+    strided = [torch.stack([x, torch.full_like(x, 99)], -1)[:, 0] for x in boundaries]
+    o = attention.nsa_attention(*inputs, *strided, **SMALL.nsa, backend="triton")
+    assert torch.equal(o, attend(SMALL)(*inputs))
+
+
+def test_compiled_code_breaks_its_graph_here():
+    inputs = on_device([*SMALL.qkv(torch.float32), *SMALL.gates(torch.float32)])
+    compiled = torch.compile(lambda *x: 2.0 * attend(SMALL)(*x), backend="eager")
+    expected = with_gradients(lambda *x: 2.0 * attend(SMALL)(*x), inputs)
+    actual = with_gradients(compiled, inputs)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_launches_are_on_the_device_of_the_inputs(monkeypatch):
+    from nsa_kernels import triton_text, triton_tiles
+
+    entered = []
+    monkeypatch.setattr(
+        triton_tiles, "current_device", lambda x: contextlib.nullcontext(entered.append(x.device))
+    )  # fmt: skip
+    inputs = on_device([*SMALL.qkv(torch.float32), *SMALL.gates(torch.float32)])
+    attend(SMALL)(*inputs)
+    assert entered == [inputs[0].device]
+    triton_text.text_rows_attention(inputs[0][:2], *inputs[1:3])
+    assert entered == [inputs[0].device] * 2
+
+
+def test_head_major_tensors_may_be_of_any_size():
+    """Offsets of heads are 32 bits in the kernels: a tensor that needs more becomes token-major."""
+    from nsa_kernels import triton_tiles
+
+    for heads, is_copied in ((7, False), (9, True)):
+        x = torch.empty_strided((10, heads, 128), (128, 2**28, 1), dtype=torch.float16, device="meta")
+        assert (triton_tiles.addressable(x) is not x) is is_copied
+    assert triton_tiles.addressable(x).stride() == (9 * 128, 128, 1)
+
+
+def test_nan_is_not_hidden():
+    """A query that is not a number has an lse and gradients that are not, in every branch."""
+    case = Case((40,), heads=(2, 1), head_dim=32, block_size=8, block_counts=2, window_size=5)
+    q, k, v = on_device(case.qkv(torch.float32))
+    q[30] = torch.nan
+    lengths = lengths_on_device(case)
+    indices = topk.select_blocks(*on_device(case.qkv(torch.float32)[:2]), lengths, block_size=8, backend="torch")
+    for o, lse in (
+        compression.compression_attention(q, k, v, lengths, block_size=8, backend="triton"),
+        selection.selection_attention(q, k, v, indices, lengths, block_size=8, backend="triton"),
+        sliding_window.sliding_window_attention(q, k, v, lengths, window_size=5, backend="triton"),
+    ):
+        assert o[30].isnan().all() and lse[30].isnan().all()
+        assert o[:30].isfinite().all() and o[31:].isfinite().all()
+
+
+def test_blocks_beyond_32_bits_are_after_every_token():
+    case = Case((20,), heads=(2, 1), head_dim=32, block_size=8, block_counts=2)
+    inputs, lengths = on_device(case.qkv(torch.float32)), lengths_on_device(case)
+    indices = torch.tensor([0, 2**32], device=DEVICE).expand(20, 1, 2)
+    o, _ = selection.selection_attention(*inputs, indices, lengths, block_size=8, backend="triton")
+    expected, _ = selection.selection_attention(*inputs, indices[..., :1], lengths, block_size=8, backend="triton")
+    assert torch.equal(o, expected)
+
+
 def test_autocast_narrows_nothing():
     case = Case((20,), heads=(2, 1), head_dim=32, block_size=16, block_counts=1, window_size=4)
     inputs = on_device([*case.qkv(torch.float32), *case.gates(torch.float32)])
@@ -171,13 +238,15 @@ def test_autocast_narrows_nothing():
         ({"dtype": torch.float64}, "q must be float16, bfloat16 or float32 for backend='triton', got torch.float64"),
         ({"head_dim": 160}, "head_dim must be at most 128 for backend='triton', got 160"),
         ({"lengths": "meta"}, "cu_seqlens_q must be on .*, like q, for backend='triton', got meta"),
+        ({"sequences": 20000}, "sequences x num_heads must be at most 65535 for backend='triton', got 80004"),
     ],
-    ids=["dtype", "head_dim", "lengths"],
+    ids=["dtype", "head_dim", "lengths", "sequences"],
 )
 def test_what_the_kernels_do_not_support(changes, match):
     case = Case((9,), head_dim=changes.get("head_dim", 32), block_size=16)
     dtype = changes.get("dtype", torch.float32)
-    lengths = utils.SequenceLengths.from_lengths([9], device=changes.get("lengths", DEVICE))
+    empty = [0] * changes.get("sequences", 0)
+    lengths = utils.SequenceLengths.from_lengths([9, *empty], device=changes.get("lengths", DEVICE))
     with pytest.raises(ValueError, match=match):
         attention.nsa_attention(
             *on_device([*case.qkv(dtype), *case.gates(dtype)]), lengths, **case.nsa, backend="triton"

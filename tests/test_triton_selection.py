@@ -5,15 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
 from nsa_cases import (
     Case,
     PeakMemory,
     PoisonedEmpty,
     assert_all_close,
     assert_close_to_truth,
-    cases,
-    stable,
+    on_drawn_cases,
     with_gradients,
 )
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
@@ -89,8 +87,7 @@ def test_float32_matches_the_oracle(case):
     check_float32(case, random_blocks(case))
 
 
-@settings(stable, max_examples=8)
-@given(cases().filter(lambda case: case.block_size > 1))
+@on_drawn_cases(8, where=lambda case: case.block_size > 1)
 def test_float32_matches_the_oracle_on_drawn_cases(case):
     check_float32(case, random_blocks(case))
 

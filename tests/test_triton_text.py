@@ -138,12 +138,23 @@ def test_splits_fill_the_gpu(tiles, keys, programs):
         assert tiles * splits >= 0.8 * waves * programs
 
 
+def test_positions_may_be_strided():
+    qkv = inputs(3, 100, (4, 2), 32, torch.float32)
+    positions = torch.tensor([[5, 0], [40, 0], [99, 0]], device=DEVICE)[:, 0]
+    expected = triton_text.text_rows_attention(*qkv, positions=positions.clone())
+    assert torch.equal(triton_text.text_rows_attention(*qkv, positions=positions), expected)
+
+
 def test_refuses_what_it_cannot_do():
     q, k, v = inputs(3, 10, (2, 1), 32, torch.float32)
     with pytest.raises(ValueError, match="float64"):
         triton_text.text_rows_attention(q.double(), k.double(), v.double())
     with pytest.raises(ValueError, match=r"3 queries .* only 2 keys"):
         triton_text.text_rows_attention(q, k[:2], v[:2])
+    with pytest.raises(ValueError, match="head_dim must be at most 128 for backend='triton', got 160"):
+        triton_text.text_rows_attention(*inputs(3, 10, (2, 1), 160, torch.float32))
+    with pytest.raises(ValueError, match=r"positions must be on .*, like q, got meta"):
+        triton_text.text_rows_attention(q, k, v, positions=torch.arange(3, device="meta"))
     with pytest.raises(ValueError, match="positions must be int32 or int64"):
         triton_text.text_rows_attention(q, k, v, positions=torch.arange(2, device=DEVICE))
     assert triton_text.text_rows_attention(q[:0], k, v).shape == (0, 2, 32)

@@ -4,8 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
-from nsa_cases import Case, PoisonedEmpty, assert_all_close, assert_close_to_truth, cases, stable, with_gradients
+from nsa_cases import Case, PoisonedEmpty, assert_all_close, assert_close_to_truth, on_drawn_cases, with_gradients
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
 from nsa_kernels import reference
@@ -67,8 +66,7 @@ def test_float32_matches_the_oracle(case):
     check_float32(case)
 
 
-@settings(stable, max_examples=15)
-@given(cases())
+@on_drawn_cases(15)
 def test_float32_matches_the_oracle_on_drawn_cases(case):
     check_float32(case)
 

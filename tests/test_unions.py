@@ -1,0 +1,54 @@
+"""How many blocks neighbouring tokens select together, as the benchmarks count it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from nsa_cases import Case
+from triton_testing import lengths_on_device, needs_triton, on_device
+
+from nsa_kernels import attention, topk
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import unions
+
+
+def test_statistics_count_what_sets_count():
+    case = Case((70,), heads=(6, 2), block_size=4, block_counts=5)
+    q, k, _ = case.qkv()
+    indices = topk.select_blocks(q, k, case.lengths, block_size=4, block_counts=5, backend="reference")
+    distinct, selected, by_members = 0, 0, [0] * 8
+    for start in range(0, 64, 8):  # the last 6 tokens fill no tile
+        for head in range(2):
+            lists = [set(indices[token, head].tolist()) - {-1} for token in range(start, start + 8)]
+            union = set.union(*lists)
+            distinct, selected = distinct + len(union), selected + sum(map(len, lists))
+            for block in union:
+                by_members[sum(block in chosen for chosen in lists) - 1] += 1
+    found = unions.union_statistics(indices, tile=8)
+    assert found["r"] == pytest.approx(distinct * 8 / selected)
+    assert found["blocks_per_tile"] == pytest.approx(distinct / 16)
+    assert found["share_by_members"] == pytest.approx([count / distinct for count in by_members], abs=1e-4)
+    cheaper = sum(count * min(1.0, 0.15 * (i + 1)) for i, count in enumerate(by_members))
+    assert found["hybrid_over_union"] == pytest.approx(cheaper / distinct)
+
+
+def test_tokens_that_agree_and_tokens_that_do_not():
+    same = torch.arange(4).expand(36, 1, 4)
+    assert unions.union_statistics(same, tile=18)["r"] == 1.0
+    assert unions.union_statistics(torch.arange(144).view(36, 1, 4), tile=18)["r"] == 18.0
+    assert unions.union_statistics(same[:17], tile=18) == {}
+
+
+@needs_triton
+def test_recording_sees_every_choice():
+    case = Case((40,), heads=(4, 2), head_dim=32, block_size=16, block_counts=2)
+    inputs, lengths = on_device([*case.qkv(torch.float32), *case.gates(torch.float32)]), lengths_on_device(case)
+    with unions.recording(tile=4) as found:
+        for _ in range(2):
+            attention.nsa_attention(*inputs, lengths, **case.nsa, backend="triton")
+    assert len(found) == 2 and found[0] == found[1] and 1.0 <= found[0]["r"] <= 4.0
+    attention.nsa_attention(*inputs, lengths, **case.nsa, backend="triton")
+    assert len(found) == 2
