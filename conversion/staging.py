@@ -4,8 +4,7 @@ goes on from what a killed one has finished.
 Everything happens in `.<name>.partial` beside the output:
 
     lock            held by the process at work; the system frees it when that dies
-    progress.jsonl  what is being made (a fingerprint), then a line for every finished shard (or other large file): name,
-                    size, SHA-256
+    progress.jsonl  what is being made (a fingerprint), then a line for every finished shard: name, size, SHA-256
     content/        becomes the output, in one rename
 
 A shard counts as finished when its line is there and its bytes on the disk have that SHA-256; anything else in
