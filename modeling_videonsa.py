@@ -12,8 +12,6 @@ A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="den
 """
 
 import importlib
-import shutil
-from pathlib import Path
 
 import torch
 import transformers
@@ -46,11 +44,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
+    from .hub_videonsa import PushMixin, save_kernel_folder
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
+    from hub_videonsa import PushMixin, save_kernel_folder
     from positions_videonsa import mrope_position_ids
 
 logger = logging.get_logger(__name__)
@@ -451,7 +451,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
 
 
-class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+class VideoNSAForConditionalGeneration(
+    PushMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+):
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.model = VideoNSAModel(config)
@@ -556,17 +558,23 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
                     "after it, in one call, since its compression looks ahead"
                 )
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
+    ):
+        is_writer = getattr(self, "should_save_on_this_rank", bool)(is_main_process)  # among processes that share it
+        if push_to_hub and kwargs.get("distributed_checkpoint"):
+            raise ValueError("`push_to_hub` needs whole weights: not together with `distributed_checkpoint`")
+        if push_to_hub and is_writer:
+            with self._pushing_what_changes(save_directory, kwargs):
+                return self.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         # The folder will hold the code, so a fine-tune's references to another repository end here.
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            _save_kernel_folder(save_directory)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_writer:
+            save_kernel_folder(save_directory, _KERNEL_NAMES)
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # save_pretrained(push_to_hub=True) uploads before it returns.
-        _save_kernel_folder(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    def _card_arguments(self, repo_id):
+        return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}
 
 
 def _is_empty(cache) -> bool:
@@ -598,22 +606,6 @@ def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_me
             inputs[pixels_name] = pixels[is_new.repeat_interleave(num_patches).to(pixels.device)]
         else:
             del inputs[grid_name], inputs[pixels_name]
-
-
-def _save_kernel_folder(directory: str | Path) -> None:
-    """Write `nsa_kernels/` into a saved model, and remove the flat copies that transformers makes of its files."""
-    source, target = Path(__file__).parent / "nsa_kernels", Path(directory) / "nsa_kernels"
-    if target.exists() and source.samefile(target):
-        return
-    contents = {f"{name}.py": (source / f"{name}.py").read_bytes() for name in _KERNEL_NAMES}
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    (target / "__init__.py").touch()
-    for name, content in contents.items():
-        (target / name).write_bytes(content)
-        flat = Path(directory) / name
-        if flat.is_file() and flat.read_bytes() == content:
-            flat.unlink()
 
 
 # Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load
