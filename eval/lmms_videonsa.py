@@ -335,16 +335,17 @@ class VideoNSA(lmms):
     def _log_speed(self, results: Sequence[GenerationResult], seconds: float) -> None:
         counts = [result.token_counts for result in results]
         generated = sum(count.output_tokens for count in counts)
-        means = {name: sum(getattr(count, name) for count in counts) / max(1, len(counts)) for name in _LOGGED}
-        log_metrics(seconds, generated, generated / max(seconds, 1e-9), {"total_requests": len(results)} | means)
+        logged = {"total_requests": len(results)}
+        for name in ("input_tokens", "vision_tokens", "attention_share"):
+            values = [getattr(count, name) for count in counts]
+            if None not in values:
+                logged[name] = sum(values) / max(1, len(values))
+        log_metrics(seconds, generated, generated / max(seconds, 1e-9), logged)
 
     def clean(self) -> None:
         """Free the model, as lmms-eval asks before it scores answers."""
         self.inference = None
         super().clean()
-
-
-_LOGGED = ("input_tokens", "vision_tokens", "attention_share")
 
 
 @dataclass(frozen=True)

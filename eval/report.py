@@ -79,8 +79,12 @@ class Run:
         return self.arguments.get("tokens_per_frame") or (pixels and pixels / 28**2)
 
     def mean(self, name: str) -> float | None:
-        values = [getattr(sample, name) for sample in self.samples if getattr(sample, name) is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(self.samples, name)
+
+
+def _mean(samples: Iterable[Sample], name: str) -> float | None:
+    values = [getattr(sample, name) for sample in samples if getattr(sample, name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -183,10 +187,7 @@ def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-_COST = ("vision_tokens", "attention_share")
-
-
-def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, float]]:
+def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, float | None]]:
     """Samples of similar length together, half a doubling apart.
 
     Returns:
@@ -201,7 +202,7 @@ def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, flo
         scores = [100 * sample.score for sample in group]
         mean = sum(scores) / len(scores)
         spread = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
-        tokens, share = (sum(getattr(s, name) for s in group) / len(group) for name in _COST)
+        tokens, share = _mean(group, "vision_tokens"), _mean(group, "attention_share")
         points.append((tokens, mean, math.sqrt(spread / len(group)), share))
     return points
 
@@ -240,7 +241,7 @@ def plot_context(runs: Sequence[Run]):
                 ticks = dict(zip(tokens, shares, strict=True)) if len(tokens) > len(ticks) else ticks
         axis.set_xscale("log", base=2)
         if ticks:
-            axis.set_xticks(list(ticks), [f"{tokens:,.0f}\n{share:.1%}" for tokens, share in ticks.items()])
+            axis.set_xticks(list(ticks), [f"{tokens:,.0f}\n{_text(share, '.1%')}" for tokens, share in ticks.items()])
             axis.minorticks_off()
         axis.set(title=task, xlabel="vision tokens, share of dense attention", ylabel="accuracy, %", ylim=(-3, 103))
         if any(names.values()):

@@ -371,6 +371,16 @@ def test_plots_of_runs_without_samples_and_of_steep_budgets(tmp_path):
     assert [path.name for path in report.write_report([tmp_path], tmp_path / "report")] == ["report.md"]
 
 
+def test_plots_of_runs_whose_attention_is_not_counted(tmp_path):
+    write_results(tmp_path, "released", "pretrained=a", [1.0, 0.0], [100, 1000])
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_text(file.read_text().replace('"attention_share": 0.25', '"attention_share": null'))
+    runs = report.read_runs([tmp_path])
+    assert report.by_context(runs[0].samples) == [(100, 100, 0, None), (1000, 0, 0, None)]
+    figure = report.plot_context(runs)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["100\n-", "1,000\n-"]
+
+
 def test_dense_runs_have_frames_too(tmp_path):
     for frames in (16, 32):
         args = f"pretrained=a,nsa_mode=dense,max_num_frames={frames},tokens_per_frame=4"
