@@ -88,7 +88,9 @@ def damage_tensors(folder: Path, change) -> None:
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:
     """Run `code` in a fresh interpreter with the repository on its path; its standard output."""
-    paths = os.pathsep.join(path for path in sys.path if path)
+    # Not this process's sys.path: a test before may have put another cache of remote code on it.
+    folders = [TESTS, TESTS.parent, TESTS.parent / "demo", *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = os.pathsep.join(map(str, folders))
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
