@@ -87,7 +87,7 @@ def _processor_config(folder: Path, target: str) -> dict:
 
 def _without_remote_processor(values: dict) -> dict:
     """Without the code of VideoNSA's processor, which may be in another repository; processor_config.json names it."""
-    auto_map = {name: code for name, code in values.get("auto_map", {}).items() if name != "AutoProcessor"}
+    auto_map = {name: code for name, code in (values.get("auto_map") or {}).items() if name != "AutoProcessor"}
     return {key: value for key, value in values.items() if key != "auto_map"} | (
         {"auto_map": auto_map} if auto_map else {}
     )
