@@ -47,8 +47,13 @@ def companion_files(folder: Path, target: str) -> dict[str, bytes]:
     Args:
         folder: of the source.
         target: model type of the result; "videonsa" brings its code along.
+    Raises:
+        ValueError: one of them is not the JSON object that its name promises.
     """
     paths = [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in paths:
+        if path.suffix == ".json":
+            read_json(path)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     for name in _NAMING_FILES:
         if name in files:

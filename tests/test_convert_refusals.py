@@ -106,6 +106,14 @@ DAMAGES = {
     ),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"lacks config\.json"),
     "configuration is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, got list"),
+    "truncated tokenizer": (
+        lambda f: os.truncate(f / "tokenizer.json", 1000),
+        r"tokenizer\.json is not valid JSON",
+    ),
+    "truncated generation config": (
+        lambda f: os.truncate(f / "generation_config.json", 10),
+        r"generation_config\.json is not valid JSON",
+    ),
     "another model": (
         lambda f: edit_json(f / "config.json", model_type="llama"),
         "`model_type` must be 'qwen2_5_vl' or 'videonsa', got 'llama'",
