@@ -42,7 +42,13 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextConfig,
+)
 
 from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig
 from conversion import publishing, safetensors_io
@@ -85,6 +91,12 @@ GATE = re.compile(r"^(.+\.self_attn)\.g_proj_([12])\.(weight|bias)$")
 SATURATED_LOGIT = 100.0
 
 CONFIG_CLASSES = {"videonsa": VideoNSAConfig, "qwen2_5_vl": Qwen2_5_VLConfig}
+# Beside `text_config`, transformers 4.52 to 4.56 kept the text fields of a flat configuration, and did not read them.
+TEXT_FIELDS = {field.name for field in dataclasses.fields(Qwen2_5_VLTextConfig)} | {"rope_scaling", "rope_theta"}
+TEXT_FIELDS -= {field.name for field in dataclasses.fields(Qwen2_5_VLConfig)}
+# Of the source's code, and of the machine that saved it.
+UNKEPT_FIELDS = ("_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map", "conversion")
+UNKEPT_FIELDS += ("model_type", "transformers_version")
 MODEL_CLASSES = {"videonsa": VideoNSAForConditionalGeneration, "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration}
 SMALL_FILES = ("config.json", "README.md", PROCESSOR, *CARRIED_FILES)
 
@@ -156,6 +168,9 @@ def convert(
         if inner.is_relative_to(output):
             raise ValueError(f"`output` {output} holds {what}, {inner}: choose another folder")
     plan = make_plan(origin, options, base_model)
+    for file in {tensor.source.file for tensor in plan.tensors if tensor.source}:
+        if file.resolve().is_relative_to(output):
+            raise ValueError(f"`output` {output} holds the source's {file.name}, a link: choose another folder")
     if dry_run:
         print(describe(plan, output))
         return output
@@ -175,7 +190,7 @@ def convert(
     elif check is not None:
         check(output)
     if push_to_hub is not None:
-        publishing.push(output, push_to_hub, public, plan.config)
+        publishing.push(output, push_to_hub, public, plan)
     return output
 
 
@@ -236,7 +251,7 @@ def build_config(folder: Path, kind: str, options: Options) -> PreTrainedConfig:
     """The configuration of the result.
 
     Args:
-        folder: of the source, whose config.json may be flat (transformers 4.51) or nested.
+        folder: of the source, whose config.json may be flat (transformers 4.51), nested, or both (4.52 to 4.56).
         kind: of the source; decides the default variant.
         options: target, variant and dtype.
     Raises:
@@ -244,13 +259,15 @@ def build_config(folder: Path, kind: str, options: Options) -> PreTrainedConfig:
             for its shape.
     """
     values = _read_config(folder)
+    if values.get("text_config") is not None:
+        values = {key: value for key, value in values.items() if key not in TEXT_FIELDS}
     try:
         source = CONFIG_CLASSES[values["model_type"]].from_dict(values)
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     nested = source.to_diff_dict() | {"text_config": source.text_config.to_dict()}
-    for part in (nested, nested["text_config"]):
-        for key in ("architectures", "auto_map", "conversion", "model_type", "transformers_version"):
+    for part in (nested, nested["text_config"], nested["vision_config"]):
+        for key in UNKEPT_FIELDS:
             part.pop(key, None)
     if options.target == "qwen2_5_vl":
         for part in (nested, nested["text_config"]):  # in `vision_config`, `window_size` is the vision tower's

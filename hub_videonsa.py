@@ -185,7 +185,7 @@ def push_folder(
     as_converted: bool = False,
     loaded_from: str | None = None,
     tags: Iterable[str] = (),
-    private: bool | None = None,
+    private: bool | None = True,
     token: bool | str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
@@ -328,7 +328,7 @@ class PushMixin:
         changes nothing makes no commit.
 
         Args:
-            repo_id: "org/name", created if need be.
+            repo_id: "org/name", created if need be, private unless `private=False`.
             max_shard_size: as in `save_pretrained`.
             kwargs: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`, as in
                 `push_folder`, and `tags` for the model card.

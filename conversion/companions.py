@@ -47,8 +47,13 @@ def companion_files(folder: Path, target: str) -> dict[str, bytes]:
     Args:
         folder: of the source.
         target: model type of the result; "videonsa" brings its code along.
+    Raises:
+        ValueError: one of them is not the JSON object that its name promises.
     """
     paths = [path for pattern in CARRIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    for path in paths:
+        if path.suffix == ".json":
+            read_json(path)
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     for name in _NAMING_FILES:
         if name in files:
@@ -87,7 +92,7 @@ def _processor_config(folder: Path, target: str) -> dict:
 
 def _without_remote_processor(values: dict) -> dict:
     """Without the code of VideoNSA's processor, which may be in another repository; processor_config.json names it."""
-    auto_map = {name: code for name, code in values.get("auto_map", {}).items() if name != "AutoProcessor"}
+    auto_map = {name: code for name, code in (values.get("auto_map") or {}).items() if name != "AutoProcessor"}
     return {key: value for key, value in values.items() if key != "auto_map"} | (
         {"auto_map": auto_map} if auto_map else {}
     )

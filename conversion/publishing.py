@@ -7,11 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # httpx's base class, of whichever version the client uses
-from transformers import PreTrainedConfig
 
 from hub_videonsa import push_folder
 
+from .plan import Plan
 from .source import first_line
+from .writing import result_files
 
 
 def check_repo_id(name: str, value: str) -> None:
@@ -34,8 +35,8 @@ def open_repository(repo_id: str, public: bool) -> None:
         raise ValueError(f"`push_to_hub` {repo_id!r} is a public repository; `public` (--public) pushes to it")
 
 
-def push(folder: Path, repo_id: str, public: bool, config: PreTrainedConfig) -> str:
-    """Push a complete checkpoint.
+def push(folder: Path, repo_id: str, public: bool, plan: Plan) -> str:
+    """Push a complete checkpoint, and nothing else that lies in its folder.
 
     Returns:
         The id of the commit that holds it.
@@ -48,7 +49,8 @@ def push(folder: Path, repo_id: str, public: bool, config: PreTrainedConfig) -> 
         commit = push_folder(
             folder,
             repo_id,
-            config=config.to_dict(),
+            config=plan.config.to_dict(),
+            paths=result_files(plan),
             as_converted=True,
             private=True,
             commit_message="Upload a converted checkpoint",

@@ -19,6 +19,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 CHUNK_BYTES = 4 * 2**20
+# The safetensors library's limit; a longer header is damage, not to be read into memory.
+MAX_HEADER_BYTES = 100_000_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -119,17 +121,17 @@ def parse_header(file: Path, size: int, read: Callable[[int, int], bytes]) -> di
         read: gives so many bytes from a position on.
     """
     length = int.from_bytes(read(0, 8), "little")
-    if size < 8 or length > size - 8:
+    if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
         raise ValueError(f"{file} is truncated or not a safetensors file: {size} bytes, header of {length}")
     try:
         header = json.loads(read(8, length))
         header.pop("__metadata__", None)
-        entries = [
-            (key, str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for key, entry in header.items()
-        ]
+        entries = []
+        for key, entry in header.items():
+            begin, end = map(int, entry["data_offsets"])
+            entries.append((key, str(entry["dtype"]), tuple(map(int, entry["shape"])), begin, end))
         entries.sort(key=lambda entry: entry[3])
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{file} has a corrupt safetensors header: {error!r}") from error
     tensors, position = {}, 0
     for key, dtype, shape, begin, end in entries:

@@ -140,7 +140,7 @@ def staged(
         os.replace(staging.folder, output)
         _sync_folder(output.parent)
         shutil.rmtree(replaced, ignore_errors=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
     except BaseException as error:
         _restore_replaced(output)
         if staging is None:  # what an earlier run has finished is not for this one to remove
@@ -148,7 +148,7 @@ def staged(
         else:
             worthless = isinstance(error, ValueError) or not staging.finished or not staging.folder.exists()
         if worthless:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
         elif staging is not None:
             for path in staging.folder.iterdir():  # the disk may be full
                 if path.name not in staging.finished:
@@ -156,6 +156,14 @@ def staged(
         raise
     finally:
         lock.release()
+
+
+def _remove(partial: Path) -> None:
+    """Remove the folder of work whose lock is held; the lock last, so that nobody is at work in what goes."""
+    with contextlib.suppress(OSError):  # such as of another process that has come meanwhile
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "lock"):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+        partial.rmdir()
 
 
 def _replaced_name(output: Path) -> Path:

@@ -77,6 +77,11 @@ def is_result(output: Path, plan: Plan, progress: bool | None) -> bool:
     return True
 
 
+def result_files(plan: Plan) -> list[str]:
+    """Paths of all files of the result but the model card."""
+    return sorted({*plan.shards, *_other_files(plan), "config.json"})
+
+
 def _config_json(plan: Plan) -> bytes:
     return plan.config.to_json_string().encode()
 

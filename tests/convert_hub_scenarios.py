@@ -304,6 +304,10 @@ def a_push_and_its_repetition(place):
         hub.requests.clear()
         convert(place.source, place.out, push_to_hub="me/VideoNSA", base_model="org/Qwen")
         assert pushed(place) and hub.repos["me/VideoNSA"].private
+    (place.out / "notes.txt").write_text("not of the checkpoint, and not for the Hub")
+    convert(place.source, place.out, push_to_hub="me/VideoNSA", base_model="org/Qwen")
+    (place.out / "notes.txt").unlink()
+    assert pushed(place)
     assert not hub.count("PUT", UPLOAD) and not hub.count("POST", COMMIT)
     card = hub.files("me/VideoNSA")["README.md"].decode()
     assert (

@@ -62,6 +62,9 @@ def model_and_processor_in_either_order(folder):
     assert card_of("me/A").replace("me/A", "me/B").replace("# A", "# B") == card_of("me/B")
 
     processor.push_to_hub("me/Processor")
+    assert all(repo.private for name, repo in hub.repos.items() if name.startswith("me/"))
+    model.push_to_hub("me/Open", private=False)
+    assert not hub.repos["me/Open"].private
     assert CARD_MARK in card_of("me/Processor") and "Settings" not in card_of("me/Processor")
     AutoProcessor.from_pretrained("me/Processor", trust_remote_code=True)
 

@@ -58,6 +58,25 @@ DAMAGES = {
         ),
         "model-00001.*corrupt safetensors header",
     ),
+    "header with three offsets": (
+        lambda f: rewrite_header(first_shard(f), lambda h: list(h.values())[-1].update(data_offsets=[0, 1, 2])),
+        "model-00001.*corrupt safetensors header",
+    ),
+    "header of an infinite size": (
+        lambda f: rewrite_header(first_shard(f), lambda h: list(h.values())[-1].update(shape=[float("inf")])),
+        "model-00001.*corrupt safetensors header",
+    ),
+    "header of 2 GB": (
+        lambda f: (
+            first_shard(f).write_bytes((2 * 10**9).to_bytes(8, "little")),
+            os.truncate(first_shard(f), 2 * 10**9 + 8),
+        ),
+        "model-00001.*is truncated or not a safetensors file: .* header of 2000000000",
+    ),
+    "header without an end": (
+        lambda f: first_shard(f).write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "model-00001.*corrupt safetensors header",
+    ),
     "wrong offsets": (
         lambda f: rewrite_header(first_shard(f), lambda h: list(h.values())[-1].update(shape=[7])),
         "lies at bytes .* and 28 bytes",
@@ -87,6 +106,14 @@ DAMAGES = {
     ),
     "no configuration": (lambda f: (f / "config.json").unlink(), r"lacks config\.json"),
     "configuration is a list": (lambda f: (f / "config.json").write_text("[]"), "must hold a JSON object, got list"),
+    "truncated tokenizer": (
+        lambda f: os.truncate(f / "tokenizer.json", 1000),
+        r"tokenizer\.json is not valid JSON",
+    ),
+    "truncated generation config": (
+        lambda f: os.truncate(f / "generation_config.json", 10),
+        r"generation_config\.json is not valid JSON",
+    ),
     "another model": (
         lambda f: edit_json(f / "config.json", model_type="llama"),
         "`model_type` must be 'qwen2_5_vl' or 'videonsa', got 'llama'",
@@ -181,6 +208,11 @@ def test_overwrite_does_not_eat_what_is_not_a_checkpoint(pristine, tmp_path, mon
     for output in (source, tmp_path / "models"):
         with pytest.raises(ValueError, match="holds the source"):
             convert(source, output, overwrite=True)
+    linked = Path(shutil.copytree(pristine["old"], tmp_path / "linked"))
+    (linked / "model.safetensors").unlink()
+    (linked / "model.safetensors").symlink_to(source / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds the source's model\.safetensors, a link"):
+        convert(linked, source, overwrite=True)
     shutil.copytree(pristine["old"], tmp_path / "checkout")
     monkeypatch.setattr(convert_weights, "CODE_FOLDER", tmp_path / "checkout" / "code")
     with pytest.raises(ValueError, match="holds the code of VideoNSA"):

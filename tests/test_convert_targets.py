@@ -65,6 +65,20 @@ def test_settings_in_a_published_configuration_are_kept(layout, published, tmp_p
     assert (text["nsa_variant"], text["block_counts"], text["window_size"]) == ("released", 16, 128)
 
 
+@pytest.mark.parametrize("target", ["videonsa", "qwen2_5_vl"])
+def test_a_configuration_both_flat_and_nested(target, published, tmp_path):
+    """As transformers 4.52 to 4.56 saved one that had been flat; the nested values are the model's."""
+    source = Path(shutil.copytree(published["4.53"], tmp_path / "source"))
+    expected = json.loads((convert(source, tmp_path / "nested", target=target) / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
+    stale = config["text_config"] | {"num_hidden_layers": 9, "_name_or_path": "/home/me/Qwen"}
+    config = stale | config | {"_attn_implementation_autoset": True}
+    for part in ("text_config", "vision_config"):
+        config[part]["_name_or_path"] = "/home/me/Qwen"
+    (source / "config.json").write_text(json.dumps(config))
+    assert json.loads((convert(source, tmp_path / "both", target=target) / "config.json").read_text()) == expected
+
+
 def test_published_weights_of_another_shape_have_no_released_variant(pristine, tmp_path):
     own = convert(pristine["old"], tmp_path / "own")  # 4 and 2 heads
     edit_json(own / "config.json", model_type="qwen2_5_vl", auto_map=None)
