@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import save_tiny_qwen2_5_vl
 
+TESTS = Path(__file__).resolve().parent
+
 
 def load_all(folder: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in folder.glob("*.safetensors") for key, tensor in load_file(file).items()}
