@@ -1,0 +1,65 @@
+"""Training data and a checkpoint for tests: drawn videos with questions, and a tiny model whose gates matter."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_checkpoint import save_tiny_qwen2_5_vl
+
+from convert_weights import convert
+from modeling_videonsa import VideoNSAForConditionalGeneration
+from synthetic.drawing import write_scene
+from synthetic.scenes import make_scene
+
+
+def write_videos(folder: Path, seconds: list[int], seed: int = 0) -> list[dict]:
+    """Draw videos of that many seconds into `folder`, at 4 pictures a second and 4 tokens for two of them.
+
+    Returns:
+        A LLaVA-Video record for each, of two questions.
+    """
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    records = []
+    for number, length in enumerate(seconds):
+        scene = make_scene(rng, length)
+        write_scene(folder / f"{number}.mp4", scene, rng)
+        questions = scene.questions()
+        first, second = (questions[index] for index in rng.permutation(len(questions))[:2])
+        texts = [f"<image>\n{first.text}", first.answer, second.text, second.answer]
+        turns = [{"from": speaker, "value": text} for speaker, text in zip(("human", "gpt") * 2, texts, strict=True)]
+        records.append({"id": f"scene-{number}", "video": f"{number}.mp4", "conversations": turns})
+    return records
+
+
+def as_messages(record: dict) -> dict:
+    """A LLaVA-Video record as a chat record."""
+    messages = []
+    for turn in record["conversations"]:
+        content = [{"type": "text", "text": turn["value"].removeprefix("<image>\n")}]
+        if turn["value"].startswith("<image>"):
+            content.insert(0, {"type": "video", "video": record["video"]})
+        messages.append({"role": {"human": "user", "gpt": "assistant"}[turn["from"]], "content": content})
+    return {"id": record["id"], "messages": messages}
+
+
+def write_records(path: Path, records: list[dict]) -> Path:
+    """A list for `.json`, lines for `.jsonl`."""
+    lines = [json.dumps(record) for record in records]
+    path.write_text(f"[{', '.join(lines)}]" if path.suffix == ".json" else "\n".join(lines))
+    return path
+
+
+def make_checkpoint(folder: Path) -> Path:
+    """A converted tiny checkpoint with small blocks and gates that differ."""
+    convert(save_tiny_qwen2_5_vl(folder / "qwen"), folder / "VideoNSA")
+    config = {"block_size": 4, "block_counts": 2, "window_size": 5}
+    model = VideoNSAForConditionalGeneration.from_pretrained(folder / "VideoNSA", **config)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for layer in model.model.language_model.layers:
+            for gate in (layer.self_attn.g_proj_1, layer.self_attn.g_proj_2):
+                torch.nn.init.normal_(gate.weight, std=gate.in_features**-0.5)
+    model.save_pretrained(folder / "VideoNSA")
+    return folder / "VideoNSA"
