@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_data import as_messages, make_checkpoint, write_records, write_videos
+from safetensors.torch import load_file, save_file
+from training_data import as_messages, make_checkpoint, write_records
+from training_runs import assert_same_run, history, make_arguments, make_data, weights
 
 import train
 from modeling_videonsa import VideoNSAForConditionalGeneration
@@ -16,7 +18,6 @@ from training.parts import PARTS, parameter_groups, part_of
 from training.trainer import VideoNSATrainer, last_whole_checkpoint
 
 ROOT = Path(__file__).parent.parent
-SECONDS = [8, 12, 9, 8, 16, 8, 11, 8]
 
 
 @pytest.fixture(scope="module")
@@ -26,49 +27,23 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> list[str]:
-    """Arguments for eight videos with two questions each."""
-    folder = tmp_path_factory.mktemp("data")
-    records = write_records(folder / "records.json", write_videos(folder / "videos", SECONDS))
-    return ["--train_data", str(records), "--video_folder", str(folder / "videos")]
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
 def run(checkpoint, data, tmp_path):
     """Runs `train.py` into a new folder; returns that."""
 
-    def run(name: str, *arguments: str, data=data, model=checkpoint, steps: int = 3) -> Path:
-        settings = f"--learning_rate 1e-3 --max_tokens 1000 --max_steps {steps} --logging_steps 1 --save_steps 1000"
-        output = ["--output_dir", str(tmp_path / name), "--disable_tqdm", "true", "--seed", "7"]
-        train.main(["--model", str(model), *data, *settings.split(), *output, *arguments])
+    def run(name: str, *extra: str, data=data, model=checkpoint, steps: int = 3) -> Path:
+        train.main([*make_arguments(model, data, tmp_path / name, steps), *extra])
         return tmp_path / name
 
     return run
 
 
-def history(folder: Path, key: str = "loss") -> list[float]:
-    """What was logged step by step, of the last checkpoint."""
-    state = json.loads((Path(last_whole_checkpoint(folder)) / "trainer_state.json").read_text())
-    return [entry[key] for entry in state["log_history"] if key in entry]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 @pytest.fixture
-def assert_close(checkpoint):
-    def assert_close(first: Path, second: Path, tolerance: float = 1e-5) -> None:
-        """Losses and gradient norms of all steps, and what the steps made of the weights, as a whole.
-
-        (Adam divides by the size of the gradient, so that single weights with hardly any may differ by more.)
-        """
-        for key in ("loss", "grad_norm"):
-            torch.testing.assert_close(history(first, key), history(second, key), rtol=tolerance, atol=0)
-        start, *ends = (weights(folder) for folder in (checkpoint, first, second))
-        a, b = (torch.cat([(end[name] - start[name]).flatten() for name in start]) for end in ends)
-        assert (a - b).norm() <= 10 * tolerance * a.norm()
-
-    return assert_close
+def assert_same(checkpoint):
+    return partial(assert_same_run, checkpoint)
 
 
 def test_the_loss_falls_and_the_result_is_a_checkpoint(run, checkpoint):
@@ -96,23 +71,23 @@ def test_the_loss_falls_and_the_result_is_a_checkpoint(run, checkpoint):
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
 
 
-def test_padded_packed_and_accumulated_steps_are_the_same(run, assert_close):
+def test_padded_packed_and_accumulated_steps_are_the_same(run, assert_same):
     """Every step sees all eight samples, in other batches."""
     rows = run("rows", "--per_device_train_batch_size", "8")
     single = run("single", "--gradient_accumulation_steps", "8")
     packs = run("packs", "--packing", "true", "--gradient_accumulation_steps", "3")
     assert len((packs / "_data" / "train.jsonl").read_text().splitlines()) == 8
-    assert_close(rows, single)
-    assert_close(rows, packs)
+    assert_same(rows, single)
+    assert_same(rows, packs)
 
 
-def test_gradient_checkpointing_changes_nothing(run, assert_close):
-    arguments = ["--per_device_train_batch_size", "2"]
-    assert_close(run("off", *arguments), run("on", "--gradient_checkpointing", "true", *arguments), tolerance=0)
+def test_gradient_checkpointing_changes_nothing(run, assert_same):
+    rows = ["--per_device_train_batch_size", "2"]
+    assert_same(run("off", *rows), run("on", "--gradient_checkpointing", "true", *rows), tolerance=0)
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora_rank", "2", "--lora_dropout", "0.1"]], ids=["full", "lora"])
-def test_a_run_that_ends_early_goes_on_as_if_it_had_not(lora, run, assert_close, monkeypatch, tmp_path):
+def test_a_run_that_ends_early_goes_on_as_if_it_had_not(lora, run, assert_same, monkeypatch, tmp_path):
     # Four steps an epoch: the run ends in the second.
     arguments = ["--gradient_accumulation_steps", "2", "--save_steps", "2", *lora]
     whole = run("whole", *arguments, steps=8)
@@ -131,26 +106,24 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(lora, run, assert_close,
         run("ended", *arguments, steps=8)
 
     ended = run("ended", *arguments, "--resume_from_checkpoint", "auto", steps=8)
-    assert_close(whole, ended, tolerance=0)
+    assert_same(whole, ended, tolerance=0)
     assert history(whole, "epoch") == history(ended, "epoch")
 
 
-def test_resuming_needs_the_checkpoints_weights(run, assert_close, tmp_path, checkpoint):
+def test_resuming_needs_the_checkpoints_weights(run, assert_same, tmp_path, checkpoint):
     """A checkpoint under the tensor names of the Hub is resumed, one that fits in part is not."""
     old = shutil.copytree(checkpoint, tmp_path / "old")
     names = [("model.language_model.", "model."), ("model.visual.", "visual.")]
     tensors = weights(checkpoint)
     for new, published in names:
         tensors = {name.replace(new, published): tensor for name, tensor in tensors.items()}
-    from safetensors.torch import save_file
-
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     whole = run("whole", "--save_steps", "2", model=old, steps=4)
     shutil.copytree(whole, tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoint-4")
     shutil.copytree(tmp_path / "again", tmp_path / "partly")
     again = run("again", "--save_steps", "2", "--resume_from_checkpoint", "auto", model=old, steps=4)
-    assert_close(whole, again, tolerance=0)
+    assert_same(whole, again, tolerance=0)
 
     path = tmp_path / "partly" / "checkpoint-2" / "model.safetensors"
     save_file(dict(list(load_file(path).items())[1:]), path, metadata={"format": "pt"})
@@ -158,14 +131,14 @@ def test_resuming_needs_the_checkpoints_weights(run, assert_close, tmp_path, che
         run("partly", "--save_steps", "2", "--resume_from_checkpoint", "auto", model=old, steps=4)
 
 
-def test_dense_sft_trains_qwens_attention(run, assert_close, checkpoint):
+def test_dense_sft_trains_qwens_attention(run, assert_same, checkpoint):
     output = run("rows", "--attention", "dense", "--per_device_train_batch_size", "8")
     packs = run("packs", "--attention", "dense", "--packing", "true", "--gradient_accumulation_steps", "3")
     assert VideoNSAForConditionalGeneration.from_pretrained(output).config.nsa_mode == "dense"
     before, after = weights(checkpoint), weights(output)
     changed = {part_of(name) for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"vision", "merger", "language"}
-    assert_close(output, packs)
+    assert_same(output, packs)
 
 
 def test_lora_is_merged_into_a_checkpoint(run, checkpoint):
