@@ -66,6 +66,10 @@ class DataOptions:
         if not Path(self.video_folder).is_dir():
             raise ValueError(f"`video_folder`: there is no folder {self.video_folder}")
 
+    def takes(self, frames: int) -> bool:
+        """Whether a video of so many sampled frames is trained on."""
+        return (self.min_frames or 0) <= frames <= (self.max_frames or frames)
+
     def processor_options(self) -> dict[str, Any]:
         """Keywords of a processor call that makes no video smaller than planned here."""
         return {
@@ -188,6 +192,7 @@ def _key(sources: Sequence[str], processor, options: DataOptions) -> str:
 
 def _build(sources, folder: Path, processor, options: DataOptions, key: str, num_workers: int) -> DataReport:
     report, plans = DataReport(key), _plan_videos(sources, processor, options, num_workers)
+    held_out = _choose_held_out(plans, options)
     with ExitStack() as stack:
         writers = [stack.enter_context(_Writer(folder / f"{name}.jsonl")) for name in ("train", "held_out")]
         for source, number, record in _parsed(sources, processor, options):
@@ -200,7 +205,7 @@ def _build(sources, folder: Path, processor, options: DataOptions, key: str, num
             if tokens is None:
                 report.outside_frames += 1
             else:
-                writers[_hash_share(record.videos[0], options.seed) < options.eval_share].write(record, tokens)
+                writers[not held_out.isdisjoint(record.videos)].write(record, tokens)
         report.kept, report.held_out = (len(writer.rows) for writer in writers)
         # Without its key, the report says that the manifests are not there.
         _write_report(folder, replace(report, key=""))
@@ -226,7 +231,7 @@ def _count_tokens(record, plans, processor, options: DataOptions) -> int | None:
     for count in counts:
         if isinstance(count, str):
             raise BadRecordError("unreadable_video", count)
-    if not all((options.min_frames or 0) <= frames <= (options.max_frames or frames) for frames, _ in counts):
+    if not all(options.takes(frames) for frames, _ in counts):
         return None
     text = processor.apply_chat_template(record.messages, tokenize=False)
     length = len(processor.tokenizer(text)["input_ids"]) + sum(tokens - 1 for _, tokens in counts)
@@ -268,9 +273,15 @@ def _plan_video(path: str, processor, options: DataOptions) -> tuple[str, tuple[
     return path, (plan.num_frames, plan.tokens)
 
 
-def _hash_share(text: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the text alone, so that all records of a video fall on one side."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{text}".encode()).digest()[:6], "big") / (1 << 48)
+def _choose_held_out(plans: dict[str, tuple[int, int] | str], options: DataOptions) -> set[str]:
+    """Videos to evaluate on: a share of the good ones, at least one, by a hash of the path in the folder of videos."""
+    good = [video for video, plan in plans.items() if not isinstance(plan, str) and options.takes(plan[0])]
+
+    def order(video: str) -> bytes:
+        return hashlib.sha256(f"{options.seed}/{os.path.relpath(video, options.video_folder)}".encode()).digest()
+
+    count = max(1, round(options.eval_share * len(good))) if options.eval_share else 0
+    return set(sorted(good, key=order)[:count])
 
 
 class _Writer:
