@@ -17,7 +17,7 @@ import train
 
 TESTS = Path(__file__).parent
 SAVE = ["--save_steps", "2"]
-EVALUATE = ["--eval_share", "0.4", "--eval_strategy", "steps", "--eval_steps", "3"]
+EVALUATE = ["--eval_share", "0.25", "--eval_strategy", "steps", "--eval_steps", "3"]
 SHARED = ["--sequence_parallel_size", "2"]
 ROWS = ["--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2"]
 TWICE = ["--gradient_accumulation_steps", "2"]
