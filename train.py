@@ -10,7 +10,6 @@ shared over several (`sequence_parallel_size`).
 From top to bottom: arguments, data, model, training, result.
 """
 
-import gc
 import logging
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from training.data import VideoDataset
 from training.manifest import load_or_build_manifests
 from training.monitor import FailureMonitor
 from training.parts import add_lora, freeze_parts
-from training.trainer import VideoNSATrainer, last_whole_checkpoint
+from training.trainer import VideoNSATrainer, is_whole, last_whole_checkpoint
 
 logger = logging.getLogger("training")
 
@@ -41,8 +40,7 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)
     checkpoint = find_checkpoint(args)
 
-    processor = VideoNSAProcessor.from_pretrained(args.model, trust_remote_code=True)
-    processor.tokenizer.padding_side = "right"
+    processor = load_processor(args)
     train_data, eval_data = prepare_data(args, processor, is_resumed=checkpoint is not None)
     if args.prepare_only:
         return
@@ -58,6 +56,7 @@ def main(argv: list[str]) -> None:
         processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.failures.check()
 
     save_result(trainer, args, processor, dtype)
     if args.push_to_hub:
@@ -78,9 +77,18 @@ def find_checkpoint(args: TrainArguments) -> str | None:
             f"`output_dir` = {args.output_dir} holds checkpoints: go on with --resume_from_checkpoint auto, or choose "
             "another"
         )
-    if wanted not in (None, "auto") and not Path(wanted).is_dir():
-        raise ValueError(f"`resume_from_checkpoint` must be 'auto' or a folder, got {wanted!r}")
+    if wanted not in (None, "auto") and not is_whole(wanted):
+        raise ValueError(f"`resume_from_checkpoint` must be 'auto' or the folder of a whole checkpoint, got {wanted!r}")
     return checkpoint if wanted == "auto" else wanted
+
+
+def load_processor(args: TrainArguments) -> VideoNSAProcessor:
+    """The checkpoint's processor; from here on, and so in the result, its defaults are those of the training."""
+    processor = VideoNSAProcessor.from_pretrained(args.model, trust_remote_code=True)
+    processor.fps, processor.num_frames = args.fps, None
+    processor.max_pixels_per_frame = args.max_pixels_per_frame
+    processor.min_pixels_per_frame = min(processor.min_pixels_per_frame, args.max_pixels_per_frame)
+    return processor
 
 
 def prepare_data(args: TrainArguments, processor: VideoNSAProcessor, *, is_resumed: bool):
@@ -124,6 +132,10 @@ def load_model(args: TrainArguments):
         )
     else:
         freeze_parts(model, {*args.freeze, *([] if train_gates else ["gates"])})
+    if args.attention == "sparse" and model.config.nsa_variant != "paper":
+        for name, unset in (("packing", False), ("sequence_parallel_size", 1)):
+            if getattr(args, name) != unset:
+                raise ValueError(f"`{name}` = {getattr(args, name)} needs a checkpoint with nsa_variant='paper'")
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info("Training %.1f M of %.1f M parameters", trained / 1e6, model.num_parameters() / 1e6)
     return model, getattr(torch, config.get("dtype") or "float32")
@@ -158,14 +170,12 @@ def save_result(
     model.config.use_cache = True
     model.save_pretrained(args.output_dir, save_original_format=False)
     processor.save_pretrained(args.output_dir)
-    del model
-    gc.collect()
     logger.info("The trained model is in %s", args.output_dir)
 
 
 def push(trainer: VideoNSATrainer, args: TrainArguments) -> None:
     """Upload the result, its model card and its TensorBoard logs."""
-    if not args.should_save:
+    if args.process_index != 0:
         return
     from huggingface_hub import upload_folder
 

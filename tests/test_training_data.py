@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build_config
+from conftest import build_config, build_model
 from training_data import as_messages, make_checkpoint, write_records, write_videos
 
 from processing_videonsa import VideoNSAProcessor
@@ -359,7 +359,15 @@ def test_packed_and_padded_batches_hold_the_same(build, source, processor):
     assert torch.equal(
         padded["labels"][padded["labels"] != IGNORE_INDEX], packed["labels"][packed["labels"] != IGNORE_INDEX]
     )
-    for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts"):
+    for name in ("pixel_values_videos", "video_grid_thw"):
         assert torch.equal(packed[name], padded[name])
+    positions = torch.cat([padded["position_ids"][:, row, :length] for row, length in enumerate(lengths)], dim=1)
+    assert torch.equal(packed["position_ids"][1:, 0], positions)
+    # What the model computes from the seconds, which are not in the batch: mixed precision would round them.
+    model_inputs = {name: padded[name] for name in ("mm_token_type_ids", "video_grid_thw", "attention_mask")}
+    seconds = torch.cat([sample["second_per_grid_ts"] for sample in samples])
+    expected, _ = build_model().model.get_rope_index(None, second_per_grid_ts=seconds, **model_inputs)
+    assert torch.equal(padded["position_ids"], expected)
+    assert not [name for name, value in padded.items() if torch.is_tensor(value) and value.is_floating_point()][1:]
     assert packed["num_tokens"] == padded["num_tokens"] == sum(lengths)
     assert packed["indices"] == padded["indices"] == [0, 1]

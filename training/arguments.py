@@ -94,6 +94,9 @@ class TrainArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "every parameter that is trained is used"}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "log a loss that is NaN as what it was before"}
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "must stay off: the batches are the trainer's own"}
     )
@@ -121,6 +124,8 @@ class TrainArguments(TrainingArguments):
             )
         if self.lora_rank < 0:
             raise ValueError(f"`lora_rank` must not be negative, got {self.lora_rank}")
+        if self.lora_rank and set(self.freeze) - {"gates"}:
+            raise ValueError(f"`lora_rank` freezes all but the adapters and the gates; `freeze` = {self.freeze}")
         if self.eval_data and self.eval_share:
             raise ValueError("`eval_data` and `eval_share` exclude each other")
         if self.eval_strategy != "no" and not (self.eval_data or self.eval_share):

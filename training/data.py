@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from positions_videonsa import mrope_position_ids
@@ -138,16 +139,20 @@ class Collator:
         `num_tokens` without padding, `indices` of the samples, `failures` by index.
         """
         lengths = [len(sample["input_ids"]) for sample in samples]
-        names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        names = ("pixel_values_videos", "video_grid_thw")
         batch: dict[str, Any] = {name: torch.cat([sample[name] for sample in samples]) for name in names}
+        # The model could compute M-RoPE positions, but not from seconds that mixed precision has rounded to bfloat16.
+        positions = [self._positions(sample) for sample in samples]
         if self.packing:
             batch |= {name: torch.cat([sample[name] for sample in samples])[None] for name in self.pad}
-            batch["position_ids"] = torch.cat([self._positions(sample) for sample in samples], dim=2)
+            batch["position_ids"] = torch.cat(positions, dim=2)
         else:
             for name, value in self.pad.items():
                 rows = [sample[name] for sample in samples]
                 batch[name] = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
             batch["attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+            rows = [F.pad(row[1:], (0, max(lengths) - row.shape[2])) for row in positions]
+            batch["position_ids"] = torch.cat(rows, dim=1)
         batch["num_tokens"] = sum(lengths)
         batch["indices"] = [sample["index"] for sample in samples]
         batch["failures"] = {index: text for sample in samples for index, text in sample["failures"].items()}

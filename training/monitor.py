@@ -25,7 +25,8 @@ class GateMonitor:
     def __init__(self, model: nn.Module):
         language_model = next(module.language_model for module in model.modules() if hasattr(module, "language_model"))
         self.temperature = model.config.gate_temperature
-        self.sums: list[torch.Tensor | None] = [None] * len(language_model.layers)  # [4] each: three gates, a count
+        self.sums: list[torch.Tensor | None] = [None] * len(language_model.layers)  # [3] each
+        self.counts = [0] * len(self.sums)
         for index, layer in enumerate(language_model.layers):
             layer.self_attn.g_proj_2.register_forward_hook(lambda *args, index=index: self._add(index, *args))
 
@@ -33,15 +34,16 @@ class GateMonitor:
     def _add(self, index: int, module: nn.Module, inputs, logits: torch.Tensor) -> None:
         if module.training:
             gates = torch.sigmoid(logits.float() / self.temperature).unflatten(-1, (-1, 3)).flatten(0, -2)
-            values = torch.cat([gates.sum(0), gates.new_tensor([len(gates)])])
-            self.sums[index] = values if self.sums[index] is None else self.sums[index] + values
+            self.sums[index] = gates.sum(0) if self.sums[index] is None else self.sums[index] + gates.sum(0)
+            self.counts[index] += len(gates)
 
     def read(self, accelerator) -> dict[str, float]:
         """Means over all processes since the last read: `gates/selection` and `gates/selection/layer_00`."""
         if any(values is None for values in self.sums):
             return {}  # dense mode
-        sums = accelerator.reduce(torch.stack(self.sums))
-        self.sums = [None] * len(self.sums)
+        sums = torch.stack(self.sums)
+        sums = accelerator.reduce(torch.cat([sums, sums.new_tensor(self.counts)[:, None]], dim=1))
+        self.sums, self.counts = [None] * len(self.sums), [0] * len(self.sums)
         means = sums[:, :3] / sums[:, 3:]
         logs = {f"gates/{branch}": mean for branch, mean in zip(BRANCHES, means.mean(0).tolist(), strict=True)}
         for index, layer in enumerate(means.tolist()):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -50,11 +51,21 @@ class VideoNSATrainer(Trainer):
         )
         # Qwen2.5-VL's own loss is a mean over each batch; here `compute_loss` divides by the tokens of the whole step.
         self.model_accepts_loss_kwargs = True
+        if self.is_fsdp_enabled:
+            self._set_fsdp_precision()
         self.failures, self.speed, self.gates = failures, SpeedMonitor(), GateMonitor(model)
         self.sequence_parallel = None
         if args.sequence_parallel_size > 1:
             self.sequence_parallel = SequenceParallel(args.sequence_parallel_size)
             self.sequence_parallel.attach(model)
+
+    def _set_fsdp_precision(self) -> None:
+        """Gradients are summed over batches and processes in float32, which accelerate would do in bfloat16."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2:
+            raise ValueError(f"fsdp_version: {plugin.fsdp_version} is not supported, use 2")
+        if self.args.bf16:
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
     # ---- Data: the loaders know the ranks and the epoch by themselves ----
 
@@ -230,6 +241,11 @@ class VideoNSATrainer(Trainer):
             )
 
 
+def is_whole(checkpoint: str | Path) -> bool:
+    """Whether that is the folder of a checkpoint that was written to its end."""
+    return (Path(checkpoint) / _WHOLE).is_file()
+
+
 def last_whole_checkpoint(output_dir: str | Path, *, remove_others: bool = False) -> str | None:
     """The last checkpoint that was written to its end.
 
@@ -238,7 +254,7 @@ def last_whole_checkpoint(output_dir: str | Path, *, remove_others: bool = False
     """
     steps = {}
     for folder in Path(output_dir).glob("checkpoint-*"):
-        if (folder / _WHOLE).is_file():
+        if is_whole(folder):
             steps[int(folder.name.removeprefix("checkpoint-"))] = folder
         elif remove_others:
             logger.warning("%s is not whole: the run ended while it was written. Removed", folder)
