@@ -21,13 +21,15 @@ import train
 
 torch.set_num_threads(1)
 
-FSDP = {  # what `accelerate launch --config_file configs/accelerate_fsdp2.yaml` sets, but for the precision
+# What `accelerate launch --config_file configs/accelerate_fsdp2.yaml` sets, but for the precision.
+FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
     "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "VideoNSADecoderLayer,Qwen2_5_VLVisionBlock",
     "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
 }
 
 

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command as complete_launch_command
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
+from distributed_training import FSDP
 from training_data import make_checkpoint
 from training_runs import assert_same_run, history, make_arguments, make_data
 
@@ -85,6 +89,18 @@ def test_two_processes_train_as_one(setting, in_two_processes, in_one, tmp_path)
     for name in ("data-parallel", "shared"):
         for key in ("eval_loss", "eval_answer_accuracy", "gates/selection"):
             assert history(tmp_path / name, key) == pytest.approx(history(one[name], key), rel=1e-5)
+
+
+def test_the_launch_configurations_are_what_was_tested():
+    def launch(name: str):
+        config = str(TESTS.parent / "configs" / name)
+        return complete_launch_command(launch_command_parser().parse_args(["--config_file", config, "train.py"]))[0]
+
+    environment = prepare_multi_gpu_env(launch("accelerate_fsdp2.yaml"))
+    assert {name: environment[name] for name in FSDP} == FSDP
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    deepspeed = json.loads((TESTS.parent / launch("accelerate_deepspeed.yaml").deepspeed_config_file).read_text())
+    assert deepspeed["zero_optimization"]["stage"] == 2
 
 
 @pytest.mark.slow

@@ -144,6 +144,11 @@ class TrainArguments(TrainingArguments):
         for name, required in (("remove_unused_columns", False), ("average_tokens_across_devices", True)):
             if getattr(self, name) is not required:
                 raise ValueError(f"`{name}` must be {required}")
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched != self.world_size:
+            raise ValueError(
+                f"{launched} processes were launched and do not train together: without GPUs, add --use_cpu true"
+            )
         if self.world_size % self.sequence_parallel_size:
             raise ValueError(
                 f"`sequence_parallel_size` must divide the number of processes ({self.world_size}), got "
