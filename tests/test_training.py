@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import build_released
 from safetensors.torch import load_file, save_file
 from training_data import as_messages, make_checkpoint, write_records
 from training_runs import assert_same_run, history, make_arguments, make_data, weights
@@ -19,6 +20,7 @@ from training.parts import PARTS, parameter_groups, part_of
 from training.trainer import VideoNSATrainer, last_whole_checkpoint
 
 ROOT = Path(__file__).parent.parent
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -158,6 +160,18 @@ def test_dense_sft_trains_qwens_attention(run, assert_same, checkpoint):
     assert_same(output, packs)
 
 
+def test_the_released_variant_is_fine_tuned(run, checkpoint, tmp_path):
+    released = tmp_path / "released"
+    build_released(torch.float32).save_pretrained(released)
+    for file in TEXT_FILES:
+        shutil.copy(checkpoint / file, released)
+    rows = history(run("rows", "--per_device_train_batch_size", "8", model=released))
+    assert rows[-1] < rows[0]
+    assert history(run("single", "--gradient_accumulation_steps", "8", model=released)) == pytest.approx(rows, rel=1e-4)
+    with pytest.raises(ValueError, match="`packing` = True needs a checkpoint with nsa_variant='paper'"):
+        run("packs", "--packing", "true", model=released)
+
+
 def test_lora_is_merged_into_a_checkpoint(run, checkpoint):
     output = run("lora", "--lora_rank", "2", "--per_device_train_batch_size", "4")
     before, after = weights(checkpoint), weights(output)
@@ -182,7 +196,7 @@ def test_results_keep_the_dtype_of_the_checkpoint(run, checkpoint, tmp_path):
     VideoNSAForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(
         tmp_path / "half"
     )
-    for file in ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
+    for file in TEXT_FILES:
         shutil.copy(checkpoint / file, tmp_path / "half")
     for name, lora in (("full", "0"), ("lora", "2")):
         output = run(

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import build_config, build_model
+from conftest import build_config, build_model, build_released
 from training_data import as_messages, make_checkpoint, write_records, write_videos
 
 from processing_videonsa import VideoNSAProcessor
@@ -366,8 +366,9 @@ def test_packed_and_padded_batches_hold_the_same(build, source, processor):
     # What the model computes from the seconds, which are not in the batch: mixed precision would round them.
     model_inputs = {name: padded[name] for name in ("mm_token_type_ids", "video_grid_thw", "attention_mask")}
     seconds = torch.cat([sample["second_per_grid_ts"] for sample in samples])
-    expected, _ = build_model().model.get_rope_index(None, second_per_grid_ts=seconds, **model_inputs)
-    assert torch.equal(padded["position_ids"], expected)
+    for model in (build_model(), build_released()):
+        expected, _ = model.model.get_rope_index(None, second_per_grid_ts=seconds, **model_inputs)
+        assert torch.equal(Collator(model.config, False)(samples)["position_ids"], expected)
     assert not [name for name, value in padded.items() if torch.is_tensor(value) and value.is_floating_point()][1:]
     assert packed["num_tokens"] == padded["num_tokens"] == sum(lengths)
     assert packed["indices"] == padded["indices"] == [0, 1]

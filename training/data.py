@@ -131,6 +131,7 @@ class Collator:
         self.mrope = {
             "spatial_merge_size": config.vision_config.spatial_merge_size,
             "tokens_per_second": config.vision_config.tokens_per_second,
+            "truncate_seconds": config.nsa_variant == "released",
         }
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

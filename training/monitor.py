@@ -18,6 +18,8 @@ BRANCHES = ("compression", "selection", "window")
 class GateMonitor:
     """Mean gates of every layer and branch over the vision tokens, the heads and the training steps between two reads.
 
+    (With nsa_variant="released", which computes gates of text too, over all tokens.)
+
     Args:
         model: a `VideoNSAForConditionalGeneration`, or one with adapters.
     """
