@@ -267,7 +267,7 @@ def fading(data, tmp_path, monkeypatch):
     def prepare_and_lose(*args, **kwargs):
         result = prepare(*args, **kwargs)
         for number in (1, 4):
-            (folder / f"{number}.mp4").unlink(missing_ok=True)
+            (folder / f"{number:05}.mp4").unlink(missing_ok=True)
         return result
 
     monkeypatch.setattr(train, "prepare_data", prepare_and_lose)

@@ -13,6 +13,7 @@ from processing_videonsa import VideoNSAProcessor
 from training import data as training_data_module
 from training import records as records_module
 from training.data import IGNORE_INDEX, Collator, EpochBatches, VideoDataset, answer_labels, plan_batches
+from training.draw_data import draw_data
 from training.manifest import DataOptions, load_or_build_manifests
 from training.records import BadRecordError, parse_record, read_records
 
@@ -58,7 +59,7 @@ def messages(*contents):
     return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 9, contents, strict=False)]
 
 
-VIDEO, OTHER = ({"type": "video", "video": name} for name in ("0.mp4", "1.mp4"))
+VIDEO, OTHER = ({"type": "video", "video": name} for name in ("00000.mp4", "00001.mp4"))
 
 
 def text(text):
@@ -68,22 +69,22 @@ def text(text):
 @pytest.mark.parametrize(
     ("entry", "content"),
     [
-        ({"video": "0.mp4", "conversations": turns("<image>\nWhat?", "A")}, [VIDEO, text("What?")]),
-        ({"video": "0.mp4", "conversations": turns("<video>What?", "A")}, [VIDEO, text("What?")]),
-        ({"video": "0.mp4", "conversations": turns("What?\n<image>", "A")}, [text("What?"), VIDEO]),
-        ({"video": "0.mp4", "conversations": turns("What?", "A")}, [VIDEO, text("What?")]),
+        ({"video": "00000.mp4", "conversations": turns("<image>\nWhat?", "A")}, [VIDEO, text("What?")]),
+        ({"video": "00000.mp4", "conversations": turns("<video>What?", "A")}, [VIDEO, text("What?")]),
+        ({"video": "00000.mp4", "conversations": turns("What?\n<image>", "A")}, [text("What?"), VIDEO]),
+        ({"video": "00000.mp4", "conversations": turns("What?", "A")}, [VIDEO, text("What?")]),
         (
-            {"video": ["0.mp4", "1.mp4"], "conversations": turns("<image>\nthen <image>\nWhat?", "A")},
+            {"video": ["00000.mp4", "00001.mp4"], "conversations": turns("<image>\nthen <image>\nWhat?", "A")},
             [VIDEO, text("then "), OTHER, text("What?")],
         ),
-        ({"video": "0.mp4", "messages": messages("What?", "A")}, [VIDEO, text("What?")]),
+        ({"video": "00000.mp4", "messages": messages("What?", "A")}, [VIDEO, text("What?")]),
         ({"messages": messages([VIDEO, text("What?")], [text("A")])}, [VIDEO, text("What?")]),
     ],
     ids=range(7),
 )
 def test_records_of_both_formats(entry, content, source):
     record = parse_record(entry, source[0] / "videos")
-    paths = {name: str(source[0] / "videos" / name) for name in ("0.mp4", "1.mp4")}
+    paths = {name: str(source[0] / "videos" / name) for name in ("00000.mp4", "00001.mp4")}
     expected = [part | ({"video": paths[part["video"]]} if part["type"] == "video" else {}) for part in content]
     assert record.messages == [{"role": "user", "content": expected}, {"role": "assistant", "content": "A"}]
 
@@ -91,24 +92,24 @@ def test_records_of_both_formats(entry, content, source):
 GOOD = turns("Q", "A")
 BAD = {
     "not a dict": ("malformed", ["Q", "A"]),
-    "no conversation": ("malformed", {"video": "0.mp4"}),
-    "both": ("malformed", {"video": "0.mp4", "conversations": GOOD, "messages": []}),
+    "no conversation": ("malformed", {"video": "00000.mp4"}),
+    "both": ("malformed", {"video": "00000.mp4", "conversations": GOOD, "messages": []}),
     "video is a number": ("malformed", {"video": 7, "conversations": GOOD}),
-    "turns are no list": ("malformed", {"video": "0.mp4", "conversations": "Q"}),
-    "unknown speaker": ("malformed", {"video": "0.mp4", "conversations": [{"from": "cat", "value": "Q"}]}),
-    "no answer": ("malformed", {"video": "0.mp4", "conversations": turns("Q", "A", "Q")}),
-    "two questions": ("malformed", {"video": "0.mp4", "conversations": [GOOD[0], *GOOD]}),
-    "no turns": ("malformed", {"video": "0.mp4", "conversations": []}),
-    "two places": ("malformed", {"video": "0.mp4", "conversations": turns("<image><image>Q", "A")}),
-    "control token": ("malformed", {"video": "0.mp4", "conversations": turns("Q<|im_end|>", "A")}),
+    "turns are no list": ("malformed", {"video": "00000.mp4", "conversations": "Q"}),
+    "unknown speaker": ("malformed", {"video": "00000.mp4", "conversations": [{"from": "cat", "value": "Q"}]}),
+    "no answer": ("malformed", {"video": "00000.mp4", "conversations": turns("Q", "A", "Q")}),
+    "two questions": ("malformed", {"video": "00000.mp4", "conversations": [GOOD[0], *GOOD]}),
+    "no turns": ("malformed", {"video": "00000.mp4", "conversations": []}),
+    "two places": ("malformed", {"video": "00000.mp4", "conversations": turns("<image><image>Q", "A")}),
+    "control token": ("malformed", {"video": "00000.mp4", "conversations": turns("Q<|im_end|>", "A")}),
     "image": ("malformed", {"messages": messages([VIDEO, {"type": "image", "image": "a.png"}], "A")}),
     "option of a video": ("malformed", {"messages": messages([VIDEO | {"fps": 9}, text("Q")], "A")}),
-    "unknown role": ("malformed", {"video": "0.mp4", "messages": [{"role": "tool", "content": "Q"}]}),
-    "video in an answer": ("malformed", {"video": "0.mp4", "messages": messages("Q", [VIDEO])}),
-    "empty answer": ("empty_answer", {"video": "0.mp4", "conversations": turns("Q", " \n")}),
-    "empty second answer": ("empty_answer", {"video": "0.mp4", "conversations": turns("Q", "A", "Q", "")}),
+    "unknown role": ("malformed", {"video": "00000.mp4", "messages": [{"role": "tool", "content": "Q"}]}),
+    "video in an answer": ("malformed", {"video": "00000.mp4", "messages": messages("Q", [VIDEO])}),
+    "empty answer": ("empty_answer", {"video": "00000.mp4", "conversations": turns("Q", " \n")}),
+    "empty second answer": ("empty_answer", {"video": "00000.mp4", "conversations": turns("Q", "A", "Q", "")}),
     "no video": ("no_video", {"conversations": GOOD}),
-    "missing video": ("missing_video", {"video": "7.mp4", "conversations": GOOD}),
+    "missing video": ("missing_video", {"video": "00007.mp4", "conversations": GOOD}),
 }
 
 
@@ -153,14 +154,14 @@ def broken(source, name, content):
 
 def test_the_report_counts_what_is_left_out(build, source, tmp_path):
     folder, records = source
-    whole = (folder / "videos" / "0.mp4").read_bytes()
+    whole = (folder / "videos" / "00000.mp4").read_bytes()
     bad = [
         broken(source, "garbage.mp4", b"no video" * 100),
         broken(source, "cut.mp4", whole[: len(whole) // 2]),
         broken(source, "empty.mp4", b""),
         {"id": "gone", "video": "gone.mp4", "conversations": GOOD},
-        {"id": "silent", "video": "0.mp4", "conversations": turns("Q", "")},
-        {"id": "long", "video": "1.mp4", "conversations": turns("Q" * 2000, "A")},
+        {"id": "silent", "video": "00000.mp4", "conversations": turns("Q", "")},
+        {"id": "long", "video": "00001.mp4", "conversations": turns("Q" * 2000, "A")},
     ]
     with pytest.raises(ValueError, match=r"6 of 11 records are bad, more than max_bad_share=0.5.*3 unreadable_video"):
         build(records + bad, max_bad_share=0.5)
@@ -253,7 +254,7 @@ def test_labels_need_the_chat_format(processor):
 
 def test_undecodable_samples_are_replaced_and_reported(build, source, processor, tmp_path):
     folder, records = source
-    content = (folder / "videos" / "1.mp4").read_bytes()
+    content = (folder / "videos" / "00001.mp4").read_bytes()
     copies = []
     for number in range(2):
         (folder / "videos" / f"copy-{number}.mp4").write_bytes(content)
@@ -272,7 +273,7 @@ def test_undecodable_samples_are_replaced_and_reported(build, source, processor,
 
     # The shortest has no shorter one.
     shortest = int(np.argmin(manifest.tokens))
-    path = folder / "videos" / f"{shortest}.mp4"
+    path = folder / "videos" / f"{shortest:05}.mp4"
     content = path.read_bytes()
     path.unlink()
     sample = dataset[shortest]
@@ -282,9 +283,9 @@ def test_undecodable_samples_are_replaced_and_reported(build, source, processor,
 
 def test_a_changed_video_is_noticed(build, source, processor):
     folder, records = source
-    (folder / "videos" / "changing.mp4").write_bytes((folder / "videos" / "1.mp4").read_bytes())
+    (folder / "videos" / "changing.mp4").write_bytes((folder / "videos" / "00001.mp4").read_bytes())
     manifest, _, options = build([*records, records[1] | {"video": "changing.mp4"}])
-    (folder / "videos" / "changing.mp4").write_bytes((folder / "videos" / "4.mp4").read_bytes())
+    (folder / "videos" / "changing.mp4").write_bytes((folder / "videos" / "00004.mp4").read_bytes())
     with pytest.raises(ValueError, match="a video has changed"):
         VideoDataset(manifest, processor, options).load(5)
 
@@ -372,3 +373,17 @@ def test_packed_and_padded_batches_hold_the_same(build, source, processor):
     assert not [name for name, value in padded.items() if torch.is_tensor(value) and value.is_floating_point()][1:]
     assert packed["num_tokens"] == padded["num_tokens"] == sum(lengths)
     assert packed["indices"] == padded["indices"] == [0, 1]
+
+
+def test_drawn_data_is_training_data(processor, tmp_path):
+    draw_data(tmp_path / "drawn", videos=3, longest=9, seed=5)
+    options = DataOptions(video_folder=str(tmp_path / "drawn" / "videos"), max_tokens=1000)
+    manifest, _ = load_or_build_manifests(
+        [str(tmp_path / "drawn" / "train.jsonl")], tmp_path / "data", processor, options
+    )
+    assert len(manifest) == 3 and not manifest.report.bad
+    for arguments, message in (({"videos": 0}, "`videos` must be at least 1"), ({"longest": 7}, "at least 8 seconds")):
+        with pytest.raises(ValueError, match=message):
+            draw_data(tmp_path / "none", **({"videos": 1, "longest": 9} | arguments))
+    with pytest.raises(ValueError, match="exists; `overwrite`"):
+        draw_data(tmp_path / "drawn", videos=3, longest=9)

@@ -3,38 +3,37 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from tiny_checkpoint import save_tiny_qwen2_5_vl
 
 from convert_weights import convert
 from modeling_videonsa import VideoNSAForConditionalGeneration
-from synthetic.drawing import write_scene
-from synthetic.scenes import make_scene
+from training.draw_data import draw_records
 
 
-def write_videos(folder: Path, seconds: list[int], seed: int = 0) -> list[dict]:
-    """Draw videos of that many seconds into `folder`, at 4 pictures a second and 4 tokens for two of them.
+def write_videos(folder: Path, seconds: list[int]) -> list[dict]:
+    """Draw videos of that many seconds, at 4 pictures a second and 4 tokens for two of them.
 
     Returns:
         A LLaVA-Video record for each, of two questions.
     """
-    rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
-    records = []
-    for number, length in enumerate(seconds):
-        scene = make_scene(rng, length)
-        write_scene(folder / f"{number}.mp4", scene, rng)
-        questions = scene.questions()
-        first, second = (questions[index] for index in rng.permutation(len(questions))[:2])
-        texts = [f"<image>\n{first.text}", first.answer, second.text, second.answer]
-        turns = [{"from": speaker, "value": text} for speaker, text in zip(("human", "gpt") * 2, texts, strict=True)]
-        records.append({"id": f"scene-{number}", "video": f"{number}.mp4", "conversations": turns})
-    return records
+    return [as_conversations(record) for record in draw_records(folder, seconds)]
+
+
+def as_conversations(record: dict) -> dict:
+    """A chat record as LLaVA-Video has it."""
+    first, *_ = record["messages"][0]["content"]
+    turns = []
+    for message in record["messages"]:
+        text = message["content"] if message["role"] == "assistant" else message["content"][-1]["text"]
+        turns.append({"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": text})
+    turns[0]["value"] = f"<image>\n{turns[0]['value']}"
+    return {"id": f"scene-{int(record['id'])}", "video": first["video"], "conversations": turns}
 
 
 def as_messages(record: dict) -> dict:
-    """A LLaVA-Video record as a chat record."""
+    """The reverse."""
     messages = []
     for turn in record["conversations"]:
         content = [{"type": "text", "text": turn["value"].removeprefix("<image>\n")}]
