@@ -25,7 +25,7 @@ from training.data import VideoDataset
 from training.manifest import load_or_build_manifests
 from training.monitor import FailureMonitor
 from training.parts import add_lora, freeze_parts
-from training.trainer import VideoNSATrainer, is_whole, last_whole_checkpoint
+from training.trainer import VideoNSATrainer, is_whole, last_whole_checkpoint, set_unfinished_checkpoints_aside
 
 logger = logging.getLogger("training")
 
@@ -70,16 +70,21 @@ def find_checkpoint(args: TrainArguments) -> str | None:
         ValueError: the output folder holds another run's checkpoints, or there is none where one was named.
     """
     wanted = args.resume_from_checkpoint
-    with args.main_process_first(local=False):
-        checkpoint = last_whole_checkpoint(args.output_dir, remove_others=wanted == "auto" and args.process_index == 0)
-    if wanted is None and checkpoint:
+    if Path(args.output_dir).resolve() == Path(args.model).resolve():
+        raise ValueError(f"`output_dir` = {args.output_dir} is `model`, which would be overwritten")
+    if wanted is None and any(Path(args.output_dir).glob("checkpoint-*")):
         raise ValueError(
             f"`output_dir` = {args.output_dir} holds checkpoints: go on with --resume_from_checkpoint auto, or choose "
             "another"
         )
     if wanted not in (None, "auto") and not is_whole(wanted):
         raise ValueError(f"`resume_from_checkpoint` must be 'auto' or the folder of a whole checkpoint, got {wanted!r}")
-    return checkpoint if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            set_unfinished_checkpoints_aside(args.output_dir)
+        return last_whole_checkpoint(args.output_dir)
 
 
 def load_processor(args: TrainArguments) -> VideoNSAProcessor:

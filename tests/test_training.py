@@ -121,10 +121,13 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(lora, run, assert_same, 
     assert Path(last_whole_checkpoint(tmp_path / "ended")).name == "checkpoint-6"
     # As if it had been killed while it wrote its last checkpoint.
     (tmp_path / "ended" / "checkpoint-6" / "complete").unlink()
+    (tmp_path / "ended" / "checkpoint-6" / "of-the-killed-run").touch()
     with pytest.raises(ValueError, match="holds checkpoints: go on with --resume_from_checkpoint auto"):
         run("ended", *arguments, steps=8)
 
     ended = run("ended", *arguments, "--resume_from_checkpoint", "auto", steps=8)
+    assert not (ended / "checkpoint-6" / "of-the-killed-run").exists()
+    assert (ended / "_unfinished-checkpoint-6" / "of-the-killed-run").exists()
     assert_same(whole, ended, tolerance=0)
     assert history(whole, "epoch") == history(ended, "epoch")
 
@@ -352,3 +355,8 @@ def test_misspelt_presets_are_named(tmp_path):
 def test_a_checkpoint_must_be_converted_first(run, checkpoint):
     with pytest.raises(ValueError, match=r"is a qwen2_5_vl checkpoint: convert it with convert_weights\.py"):
         run("out", model=checkpoint.parent / "qwen")
+
+
+def test_the_checkpoint_to_start_from_is_not_overwritten(checkpoint, data):
+    with pytest.raises(ValueError, match="is `model`, which would be overwritten"):
+        train.main(["--model", str(checkpoint), *data, "--output_dir", f"{checkpoint}/../VideoNSA"])

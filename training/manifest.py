@@ -181,7 +181,8 @@ def load_or_build_manifests(
 def _key(sources: Sequence[str], processor, options: DataOptions) -> str:
     """Changes with the sources, the options, and what else decides about lengths."""
     chosen = {**asdict(options), "max_bad_share": None}  # which decides nothing about a manifest that is there
-    facts: list[Any] = [chosen, processor.chat_template, processor.min_pixels_per_frame]
+    tokenizer = hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    facts: list[Any] = [chosen, processor.chat_template, processor.min_pixels_per_frame, tokenizer]
     for source in sources:
         if not Path(source).is_file():
             raise ValueError(f"{source}: there is no such file of records")
@@ -268,8 +269,8 @@ def _plan_video(path: str, processor, options: DataOptions) -> tuple[str, tuple[
     try:
         # No budget here: what exceeds `max_tokens` is left out, not shrunk.
         plan = processor.plan_video(path, **{**options.processor_options(), "max_total_tokens": 1 << 40})
-    except (ValueError, OSError) as error:
-        return path, f"{error}"
+    except Exception as error:  # whatever a file does to its reader, it is one bad video; their share is watched
+        return path, f"{type(error).__name__}: {error}"
     return path, (plan.num_frames, plan.tokens)
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .arguments import TrainArguments
 from .data import IGNORE_INDEX, Collator, EpochBatches, EpochDataLoader, VideoDataset, plan_batches
 from .monitor import FailureMonitor, GateMonitor, SpeedMonitor
-from .parts import PARTS, parameter_groups
+from .parts import PARTS, parameter_groups, part_of
 from .sequence_parallel import SequenceParallel
 
 logger = logging.getLogger(__name__)
@@ -124,6 +124,11 @@ class VideoNSATrainer(Trainer):
             args, model = self.args, self.model if model is None else model
             rates = {part: getattr(args, f"{part.removesuffix('s')}_learning_rate", None) for part in PARTS}
             optimizer, kwargs = self.get_optimizer_cls_and_kwargs(args, model)
+            for part, rate in rates.items():
+                if rate is not None and not any(
+                    p.requires_grad and part_of(n) == part for n, p in model.named_parameters()
+                ):
+                    logger.warning("`%s_learning_rate` = %s: that part is not trained", part.removesuffix("s"), rate)
             groups = parameter_groups(
                 model,
                 set(self.get_decay_parameter_names(model)),
@@ -246,17 +251,17 @@ def is_whole(checkpoint: str | Path) -> bool:
     return (Path(checkpoint) / _WHOLE).is_file()
 
 
-def last_whole_checkpoint(output_dir: str | Path, *, remove_others: bool = False) -> str | None:
-    """The last checkpoint that was written to its end.
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """The last checkpoint that was written to its end."""
+    whole = [folder for folder in Path(output_dir).glob("checkpoint-*") if is_whole(folder)]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
-    Args:
-        remove_others: delete those that were not, as a process that was killed leaves behind.
-    """
-    steps = {}
+
+def set_unfinished_checkpoints_aside(output_dir: str | Path) -> None:
+    """Rename what a killed process left: a checkpoint of the same step must not be mixed with it."""
     for folder in Path(output_dir).glob("checkpoint-*"):
-        if is_whole(folder):
-            steps[int(folder.name.removeprefix("checkpoint-"))] = folder
-        elif remove_others:
-            logger.warning("%s is not whole: the run ended while it was written. Removed", folder)
-            shutil.rmtree(folder)
-    return str(steps[max(steps)]) if steps else None
+        if not is_whole(folder):
+            aside = folder.with_name(f"_unfinished-{folder.name}")
+            logger.warning("%s is not whole: the run ended while it was written. It is %s now", folder, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
