@@ -132,6 +132,13 @@ def test_a_run_that_ends_early_goes_on_as_if_it_had_not(lora, run, assert_same, 
     assert history(whole, "epoch") == history(ended, "epoch")
 
 
+def test_a_finished_run_takes_no_step_more(run):
+    arguments = ["--save_steps", "2", "--lr_scheduler_type", "constant", "--resume_from_checkpoint", "auto"]
+    first = weights(run("out", *arguments, steps=2))
+    second = weights(run("out", *arguments, steps=2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_resuming_needs_the_checkpoints_weights(run, assert_same, tmp_path, checkpoint):
     """A checkpoint under the tensor names of the Hub is resumed, one that fits in part is not."""
     old = shutil.copytree(checkpoint, tmp_path / "old")

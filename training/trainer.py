@@ -138,6 +138,11 @@ class VideoNSATrainer(Trainer):
             self.optimizer = optimizer(groups, **kwargs)
         return self.optimizer
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """Override: a run that is started again after its last step takes none more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(self, model, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
         """Override: takes out of a batch what is not the model's."""
         self.failures.add(inputs.pop("failures"))
