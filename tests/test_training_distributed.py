@@ -18,6 +18,8 @@ from training_data import make_checkpoint
 from training_runs import assert_same_run, history, make_arguments, make_data
 
 import train
+from modeling_videonsa import VideoNSAForConditionalGeneration
+from training.sequence_parallel import SequenceParallel
 
 TESTS = Path(__file__).parent
 SAVE = ["--save_steps", "2"]
@@ -35,17 +37,17 @@ def setting(tmp_path_factory) -> tuple[Path, list[str]]:
 
 
 @pytest.fixture
-def in_two_processes(setting, tmp_path):
+def in_processes(setting, tmp_path):
     """Makes runs, by name: arguments, and whether with FSDP."""
 
-    def run(runs: dict[str, tuple[list[str], bool]], steps: int) -> None:
+    def run(runs: dict[str, tuple[list[str], bool]], steps: int, processes: int = 2, setting=setting) -> None:
         file = tmp_path / "runs.json"
         lines = [
             {"arguments": [*make_arguments(*setting, tmp_path / name, steps), *extra], "fsdp": fsdp}
             for name, (extra, fsdp) in runs.items()
         ]
         file.write_text(json.dumps(lines))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         result = subprocess.run(
             [*command, str(TESTS / "distributed_training.py"), str(file)],
@@ -58,14 +60,14 @@ def in_two_processes(setting, tmp_path):
 
 @pytest.fixture
 def in_one(setting, tmp_path):
-    def run(name: str, *extra: str, steps: int) -> Path:
+    def run(name: str, *extra: str, steps: int, setting=setting) -> Path:
         train.main([*make_arguments(*setting, tmp_path / name, steps), *extra])
         return tmp_path / name
 
     return run
 
 
-def test_two_processes_train_as_one(setting, in_two_processes, in_one, tmp_path):
+def test_two_processes_train_as_one(setting, in_processes, in_one, tmp_path):
     """Loss, gradient norm, evaluation and weights; FSDP also resumed."""
     runs = {
         "data-parallel": (EVALUATE, False),
@@ -75,7 +77,7 @@ def test_two_processes_train_as_one(setting, in_two_processes, in_one, tmp_path)
         "sharded-resumed": (["--resume_from_checkpoint", str(tmp_path / "sharded" / "checkpoint-2")], True),
         "sharded-shared-packed": ([*SHARED, "--packing", "true"], True),
     }
-    in_two_processes(runs, steps=3)
+    in_processes(runs, steps=3)
     one = {
         "data-parallel": in_one("one", *TWICE, *EVALUATE, steps=3),
         "shared": in_one("one-rows", *ROWS, *EVALUATE, steps=3),
@@ -104,15 +106,39 @@ def test_the_launch_configurations_are_what_was_tested():
 
 
 @pytest.mark.slow
-def test_sharded_lora_and_bf16(setting, in_two_processes, in_one, tmp_path):
+def test_sharded_lora_and_bf16(setting, in_processes, in_one, tmp_path):
     lora = ["--lora_rank", "2", *SAVE]
     runs = {
         "lora": (lora, True),
         "lora-resumed": ([*lora, "--resume_from_checkpoint", str(tmp_path / "lora" / "checkpoint-2")], True),
         "bf16": (["--bf16", "true", *SHARED], True),
     }
-    in_two_processes(runs, steps=3)
+    in_processes(runs, steps=3)
     assert_same_run(setting[0], in_one("one-lora", *TWICE, *lora, steps=3), tmp_path / "lora")
     assert_same_run(setting[0], tmp_path / "lora", tmp_path / "lora-resumed", tolerance=0)
     exact = in_one("one", steps=3)
     assert history(tmp_path / "bf16") == pytest.approx(history(exact), rel=2e-2)
+
+
+@pytest.mark.slow
+def test_four_processes(setting, in_processes, in_one, tmp_path):
+    """Two groups of two; and one of four, with fewer temporal steps in a batch than processes."""
+    four_heads = make_checkpoint(tmp_path, num_key_value_heads=4), setting[1]
+    short = ["--fps", "0.25"]
+    runs = {"groups": ([*SHARED, *EVALUATE], False), "short": ([*short, "--sequence_parallel_size", "4"], True)}
+    in_processes(runs, steps=3, processes=4, setting=four_heads)
+    pairs = {
+        "groups": in_one("one-twice", *TWICE, *EVALUATE, steps=3, setting=four_heads),
+        "short": in_one("one-short", *short, steps=3, setting=four_heads),
+    }
+    for name, alone in pairs.items():
+        assert_same_run(four_heads[0], alone, tmp_path / name)
+
+
+def test_key_value_heads_are_not_split(setting):
+    """Refused before anything is exchanged."""
+    model = VideoNSAForConditionalGeneration.from_pretrained(setting[0])  # two of them
+    group = SequenceParallel.__new__(SequenceParallel)
+    group.size = 4
+    with pytest.raises(ValueError, match="`sequence_parallel_size` = 4 must divide the 2 key/value heads"):
+        group.attach(model)

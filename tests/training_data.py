@@ -50,9 +50,9 @@ def write_records(path: Path, records: list[dict]) -> Path:
     return path
 
 
-def make_checkpoint(folder: Path) -> Path:
+def make_checkpoint(folder: Path, **text_config) -> Path:
     """A converted tiny checkpoint with small blocks and gates that differ."""
-    convert(save_tiny_qwen2_5_vl(folder / "qwen"), folder / "VideoNSA")
+    convert(save_tiny_qwen2_5_vl(folder / "qwen", **text_config), folder / "VideoNSA")
     config = {"block_size": 4, "block_counts": 2, "window_size": 5}
     model = VideoNSAForConditionalGeneration.from_pretrained(folder / "VideoNSA", **config)
     with torch.random.fork_rng():
