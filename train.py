@@ -67,11 +67,13 @@ def find_checkpoint(args: TrainArguments) -> str | None:
     """Where to go on from, or None for a new run.
 
     Raises:
-        ValueError: the output folder holds another run's checkpoints, or there is none where one was named.
+        ValueError: the output folder holds another run's checkpoints, or what it must not; or there is no checkpoint
+            where one was named.
     """
     wanted = args.resume_from_checkpoint
-    if Path(args.output_dir).resolve() == Path(args.model).resolve():
-        raise ValueError(f"`output_dir` = {args.output_dir} is `model`, which would be overwritten")
+    for name, folder in (("`model`", Path(args.model)), ("the folder of train.py", Path(__file__).parent)):
+        if folder.is_dir() and Path(args.output_dir).resolve() == folder.resolve():
+            raise ValueError(f"`output_dir` = {args.output_dir} is {name}, where files would be overwritten")
     if wanted is None and any(Path(args.output_dir).glob("checkpoint-*")):
         raise ValueError(
             f"`output_dir` = {args.output_dir} holds checkpoints: go on with --resume_from_checkpoint auto, or choose "
@@ -173,6 +175,7 @@ def save_result(
         model.tie_weights()
         model.generation_config = trained.generation_config
     model.config.use_cache = True
+    model.config.nsa_backend = VideoNSAConfig.from_pretrained(args.model).nsa_backend  # that of this machine ends here
     model.save_pretrained(args.output_dir, save_original_format=False)
     processor.save_pretrained(args.output_dir)
     logger.info("The trained model is in %s", args.output_dir)

@@ -58,7 +58,9 @@ def assert_same(checkpoint):
 
 
 def test_the_loss_falls_and_the_result_is_a_checkpoint(run, checkpoint):
-    output = run("out", "--per_device_train_batch_size", "4", "--report_to", "tensorboard", steps=12)
+    output = run(
+        "out", "--per_device_train_batch_size", "4", "--report_to", "tensorboard", "--nsa_backend", "torch", steps=12
+    )
     losses = history(output)
     assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3])
     trained = VideoNSAForConditionalGeneration.from_pretrained(output)
@@ -364,6 +366,7 @@ def test_a_checkpoint_must_be_converted_first(run, checkpoint):
         run("out", model=checkpoint.parent / "qwen")
 
 
-def test_the_checkpoint_to_start_from_is_not_overwritten(checkpoint, data):
-    with pytest.raises(ValueError, match="is `model`, which would be overwritten"):
-        train.main(["--model", str(checkpoint), *data, "--output_dir", f"{checkpoint}/../VideoNSA"])
+def test_the_start_and_the_code_are_not_overwritten(checkpoint, data):
+    for output, name in ((f"{checkpoint}/../VideoNSA", "`model`"), (str(ROOT), r"the folder of train\.py")):
+        with pytest.raises(ValueError, match=f"is {name}, where files would be overwritten"):
+            train.main(["--model", str(checkpoint), *data, "--output_dir", output])

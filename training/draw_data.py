@@ -62,9 +62,9 @@ def draw_data(folder: Path, *, videos: int, longest: int, seed: int = 0, overwri
         raise ValueError(f"`longest` must be at least {MIN_CARDS} seconds, got {longest}")
     lengths = np.random.default_rng(seed).integers(MIN_CARDS, longest + 1, size=videos).tolist()
     with staged(folder, overwrite, marker="train.jsonl", what="training data") as staging:
-        (staging / "videos").mkdir()
-        records = draw_records(staging / "videos", lengths, seed=seed)
-        (staging / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (staging.folder / "videos").mkdir()
+        records = draw_records(staging.folder / "videos", lengths, seed=seed)
+        (staging.folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def main() -> None:

@@ -180,7 +180,8 @@ def load_or_build_manifests(
 
 def _key(sources: Sequence[str], processor, options: DataOptions) -> str:
     """Changes with the sources, the options, and what else decides about lengths."""
-    chosen = {**asdict(options), "max_bad_share": None}  # which decides nothing about a manifest that is there
+    # The allowed share of bad records decides nothing about a manifest that is there.
+    chosen = {**asdict(options), "max_bad_share": None, "video_folder": str(Path(options.video_folder).resolve())}
     tokenizer = hashlib.sha256(processor.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     facts: list[Any] = [chosen, processor.chat_template, processor.min_pixels_per_frame, tokenizer]
     for source in sources:
