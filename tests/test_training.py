@@ -353,6 +353,14 @@ def test_wrong_arguments_are_named(arguments, message, run, tmp_path):
     assert not list(tmp_path.glob("out/*.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["model", "train_data", "output_dir"])
+def test_needed_arguments_are_named(name, tmp_path):
+    given = {"model": "m", "train_data": "a.json", "output_dir": str(tmp_path)}
+    del given[name]
+    with pytest.raises(ValueError, match=f"`{name}` is needed"):
+        parse_arguments([part for key, value in given.items() for part in (f"--{key}", value)])
+
+
 def test_misspelt_presets_are_named(tmp_path):
     (tmp_path / "a.yaml").write_text("learning_rat: 1e-6\n")
     with pytest.raises(ValueError, match="unknown argument `learning_rat`; did you mean `learning_rate`"):

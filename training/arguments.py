@@ -105,9 +105,9 @@ class TrainArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         if not self.output_dir:
             raise ValueError("`output_dir` is needed: where checkpoints and the result go")
+        super().__post_init__()
         if not self.model:
             raise ValueError("`model` is needed: a VideoNSA checkpoint, see convert_weights.py")
         if not self.train_data:
