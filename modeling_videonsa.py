@@ -126,8 +126,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
             )
 
-        batch, q_len, _ = hidden_states.shape
-        heads = (batch, q_len, -1, self.head_dim)
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_heads, q_len, head_dim]
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_kv_heads, q_len, head_dim]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -140,11 +139,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if self.config.nsa_variant == "released":
             return self.o_proj(self._attend_as_released(hidden_states, query, key, value, vision_routing)), None
 
-        vision = self._attend_vision_rows(hidden_states, query, key, value, vision_routing)
-        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in vision_routing.text_runs]
-        rows = [torch.cat(pair) for pair in zip(vision_routing.vision_rows, vision_routing.text_rows, strict=True)]
-        output = query.new_zeros(batch, q_len, *vision.shape[1:])  # padding rows stay zero
-        output.index_put_(rows, torch.cat([vision, *text]))
+        output = self._attend(hidden_states, query, key, value, vision_routing, **kwargs)
         return self.o_proj(output.flatten(2)), None
 
     def _gate_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -152,10 +147,22 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature
 
-    def _attend_vision_rows(self, hidden_states, query, key, value, routing: VisionRouting) -> torch.Tensor:
+    def _attend(self, hidden_states, query, key, value, routing: VisionRouting, **kwargs) -> torch.Tensor:
+        """What the routing says of every row. Returns (batch, q_len, num_heads, head_dim)."""
+        gates = torch.sigmoid(self._gate_logits(hidden_states[routing.vision_rows]))
+        return self._attend_rows(query, key, value, gates, routing, **kwargs)
+
+    def _attend_rows(self, query, key, value, gates, routing: VisionRouting, **kwargs) -> torch.Tensor:
+        """`_attend` of any share of the heads; gates: (total_q, num_heads, 3)."""
+        vision = self._attend_vision_rows(query, key, value, gates, routing)
+        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in routing.text_runs]
+        rows = [torch.cat(pair) for pair in zip(routing.vision_rows, routing.text_rows, strict=True)]
+        output = query.new_zeros(query.shape[0], query.shape[2], *vision.shape[1:])  # padding rows stay zero
+        return output.index_put_(rows, torch.cat([vision, *text]))
+
+    def _attend_vision_rows(self, query, key, value, gates, routing: VisionRouting) -> torch.Tensor:
         """NSA of the new vision tokens over all of their sample's. Returns (total_q, num_heads, head_dim)."""
         rows, keys = routing.vision_rows, routing.vision_keys
-        gates = torch.sigmoid(self._gate_logits(hidden_states[rows]))
         return nsa_attention(
             query.transpose(1, 2)[rows],
             key.transpose(1, 2)[keys],
@@ -377,10 +384,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
-        routing = VisionRouting.build(token_types, attention_mask, past)
+        starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
+        routing = VisionRouting.build(token_types, attention_mask, past, starts)
         if routing is not None:
             configs = self.config, self.config.text_config
-            _routing.check_sparse_call(attention_mask, position_ids, past, kwargs, *configs)
+            _routing.check_sparse_call(attention_mask, position_ids if starts is None else None, past, kwargs, *configs)
         return routing
 
     # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
