@@ -12,8 +12,6 @@ A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="den
 """
 
 import importlib
-import shutil
-from pathlib import Path
 
 import torch
 import transformers
@@ -46,11 +44,13 @@ from transformers.utils.generic import is_flash_attention_requested
 
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
+    from .hub_videonsa import PushMixin, save_kernel_folder
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
+    from hub_videonsa import PushMixin, save_kernel_folder
     from positions_videonsa import mrope_position_ids
 
 logger = logging.get_logger(__name__)
@@ -126,8 +126,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
                 hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
             )
 
-        batch, q_len, _ = hidden_states.shape
-        heads = (batch, q_len, -1, self.head_dim)
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_heads, q_len, head_dim]
         key = self.k_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_kv_heads, q_len, head_dim]
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
@@ -140,11 +139,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if self.config.nsa_variant == "released":
             return self.o_proj(self._attend_as_released(hidden_states, query, key, value, vision_routing)), None
 
-        vision = self._attend_vision_rows(hidden_states, query, key, value, vision_routing)
-        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in vision_routing.text_runs]
-        rows = [torch.cat(pair) for pair in zip(vision_routing.vision_rows, vision_routing.text_rows, strict=True)]
-        output = query.new_zeros(batch, q_len, *vision.shape[1:])  # padding rows stay zero
-        output.index_put_(rows, torch.cat([vision, *text]))
+        output = self._attend(hidden_states, query, key, value, vision_routing, **kwargs)
         return self.o_proj(output.flatten(2)), None
 
     def _gate_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -152,10 +147,22 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature
 
-    def _attend_vision_rows(self, hidden_states, query, key, value, routing: VisionRouting) -> torch.Tensor:
+    def _attend(self, hidden_states, query, key, value, routing: VisionRouting, **kwargs) -> torch.Tensor:
+        """What the routing says of every row. Returns (batch, q_len, num_heads, head_dim)."""
+        gates = torch.sigmoid(self._gate_logits(hidden_states[routing.vision_rows]))
+        return self._attend_rows(query, key, value, gates, routing, **kwargs)
+
+    def _attend_rows(self, query, key, value, gates, routing: VisionRouting, **kwargs) -> torch.Tensor:
+        """`_attend` of any share of the heads; gates: (total_q, num_heads, 3)."""
+        vision = self._attend_vision_rows(query, key, value, gates, routing)
+        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in routing.text_runs]
+        rows = [torch.cat(pair) for pair in zip(routing.vision_rows, routing.text_rows, strict=True)]
+        output = query.new_zeros(query.shape[0], query.shape[2], *vision.shape[1:])  # padding rows stay zero
+        return output.index_put_(rows, torch.cat([vision, *text]))
+
+    def _attend_vision_rows(self, query, key, value, gates, routing: VisionRouting) -> torch.Tensor:
         """NSA of the new vision tokens over all of their sample's. Returns (total_q, num_heads, head_dim)."""
         rows, keys = routing.vision_rows, routing.vision_keys
-        gates = torch.sigmoid(self._gate_logits(hidden_states[rows]))
         return nsa_attention(
             query.transpose(1, 2)[rows],
             key.transpose(1, 2)[keys],
@@ -377,10 +384,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
-        routing = VisionRouting.build(token_types, attention_mask, past)
+        starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
+        routing = VisionRouting.build(token_types, attention_mask, past, starts)
         if routing is not None:
             configs = self.config, self.config.text_config
-            _routing.check_sparse_call(attention_mask, position_ids, past, kwargs, *configs)
+            _routing.check_sparse_call(attention_mask, position_ids if starts is None else None, past, kwargs, *configs)
         return routing
 
     # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
@@ -451,7 +459,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
 
 
-class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+class VideoNSAForConditionalGeneration(
+    PushMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+):
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.model = VideoNSAModel(config)
@@ -556,17 +566,23 @@ class VideoNSAForConditionalGeneration(VideoNSAPreTrainedModel, Qwen2_5_VLForCon
                     "after it, in one call, since its compression looks ahead"
                 )
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+    def save_pretrained(
+        self, save_directory, is_main_process: bool = True, state_dict=None, push_to_hub: bool = False, **kwargs
+    ):
+        is_writer = getattr(self, "should_save_on_this_rank", bool)(is_main_process)  # among processes that share it
+        if push_to_hub and kwargs.get("distributed_checkpoint"):
+            raise ValueError("`push_to_hub` needs whole weights: not together with `distributed_checkpoint`")
+        if push_to_hub and is_writer:
+            with self._pushing_what_changes(save_directory, kwargs):
+                return self.save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         # The folder will hold the code, so a fine-tune's references to another repository end here.
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            _save_kernel_folder(save_directory)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if is_writer:
+            save_kernel_folder(save_directory, _KERNEL_NAMES)
 
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # save_pretrained(push_to_hub=True) uploads before it returns.
-        _save_kernel_folder(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
+    def _card_arguments(self, repo_id):
+        return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}
 
 
 def _is_empty(cache) -> bool:
@@ -598,22 +614,6 @@ def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_me
             inputs[pixels_name] = pixels[is_new.repeat_interleave(num_patches).to(pixels.device)]
         else:
             del inputs[grid_name], inputs[pixels_name]
-
-
-def _save_kernel_folder(directory: str | Path) -> None:
-    """Write `nsa_kernels/` into a saved model, and remove the flat copies that transformers makes of its files."""
-    source, target = Path(__file__).parent / "nsa_kernels", Path(directory) / "nsa_kernels"
-    if target.exists() and source.samefile(target):
-        return
-    contents = {f"{name}.py": (source / f"{name}.py").read_bytes() for name in _KERNEL_NAMES}
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    (target / "__init__.py").touch()
-    for name, content in contents.items():
-        (target / name).write_bytes(content)
-        flat = Path(directory) / name
-        if flat.is_file() and flat.read_bytes() == content:
-            flat.unlink()
 
 
 # Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load

@@ -33,6 +33,7 @@ try:
         plan_videos,
     )
     from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
+    from .hub_videonsa import PushMixin
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -46,6 +47,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
         plan_videos,
     )
     from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
+    from hub_videonsa import PushMixin
 
 logger = logging.get_logger(__name__)
 
@@ -70,7 +72,7 @@ _REFUSED_OPTIONS = {
 }
 
 
-class VideoNSAProcessor(Qwen2_5_VLProcessor):
+class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
     r"""
     Qwen2.5-VL's processor with a frame, pixel and token budget for videos.
 
@@ -144,6 +146,17 @@ class VideoNSAProcessor(Qwen2_5_VLProcessor):
     def to_dict(self) -> dict[str, Any]:
         self._sync_video_processor()
         return super().to_dict()
+
+    _pushed_kind = "processor"
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        if push_to_hub:
+            with self._pushing_what_changes(save_directory, kwargs):
+                return self.save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def _card_arguments(self, repo_id):
+        return {"config": None}
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):

@@ -58,14 +58,14 @@ def draw_benchmark(
         raise ValueError(f"`seed` must not be negative, got {seed}")
     lines: list[dict] = []
     with staged(output, overwrite, marker="all.jsonl", what="benchmark") as staging:
-        (staging / "videos").mkdir()
+        (staging.folder / "videos").mkdir()
         for number in range(videos):
             for seconds in lengths:
                 rng = np.random.default_rng([seed, seconds, number])
                 # In turn, some video has a question of each kind for sure.
                 scene = make_scene(rng, seconds, list(KINDS)[number % len(KINDS)])
                 name = f"{seconds:05d}_{number:04d}"
-                write_scene(staging / "videos" / f"{name}.mp4", scene, rng, size=size, fps=fps)
+                write_scene(staging.folder / "videos" / f"{name}.mp4", scene, rng, size=size, fps=fps)
                 lines += [
                     {
                         "id": f"{name}_{question.kind}",
@@ -83,8 +83,8 @@ def draw_benchmark(
             chosen = [line for line in lines if line["kind"] == kind]
             counts[kind] = len(chosen)
             if chosen:
-                _write_lines(staging / f"{kind}.jsonl", chosen)
-        _write_lines(staging / "all.jsonl", lines)
+                _write_lines(staging.folder / f"{kind}.jsonl", chosen)
+        _write_lines(staging.folder / "all.jsonl", lines)
     return counts
 
 

@@ -26,7 +26,8 @@ class PromptTokenCounts(TokenCounts):
 
     Attributes:
         vision_tokens: image and video tokens of the prompt.
-        attention_share: pairs of query and key that the prompt costs, as a share of dense causal attention's.
+        attention_share: pairs of query and key that the prompt costs, as a share of dense causal attention's; `None`
+            for the variant "released", whose pairs are not counted.
         attention: the model's settings, by name (`ATTENTION_SETTINGS`).
     """
 
@@ -232,6 +233,8 @@ class Inference:
         counts = []
         for row, generated in enumerate(num_generated):
             types = inputs["mm_token_type_ids"][row, inputs["attention_mask"][row].bool()].cpu()
-            share = 1.0 if settings["nsa_mode"] == "dense" else attention_budget(types, **sizes).fraction
+            share = 1.0
+            if settings["nsa_mode"] == "sparse":
+                share = None if self.reads_prompts_whole else attention_budget(types, **sizes).fraction
             counts.append(PromptTokenCounts(len(types), generated, None, int((types != 0).sum()), share, settings))
         return counts

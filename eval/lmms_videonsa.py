@@ -5,14 +5,14 @@ import difflib
 import inspect
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.api.task import ConfigurableMessagesTask
@@ -43,7 +43,7 @@ class VideoNSA(lmms):
         pretrained: checkpoint folder or Hub id.
         batch_size: prompts about different videos that are answered together.
         device: of the model; default: the process's GPU, else the CPU.
-        device_map: of `from_pretrained`, such as "auto", instead of `device`; for one process only.
+        device_map: of `from_pretrained`, such as "auto", in place of `device`; for one process only.
         dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16".
         attn_implementation: of the dense part: "sdpa", "eager", "flash_attention_2", ...
         trust_remote_code: run the code in the checkpoint instead of this installation's.
@@ -55,12 +55,13 @@ class VideoNSA(lmms):
         tokens_per_frame: both pixel limits at once, in the paper's measure: this many times 28 * 28 pixels. As two
             frames share their tokens, a prompt has half as many times its frames.
         system_prompt: text or file; default: the task's, else the chat template's.
-        video_cache: answer requests about the same video from one KV cache. Greedy answers are the same without. Has
-            no effect where the checkpoint's `nsa_variant` is "released", which reads prompts whole.
+        video_cache: answer requests about the same video from one KV cache. In float32 greedy answers are the same
+            without. Has no effect where the checkpoint's `nsa_variant` is "released", which reads prompts whole.
         decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
         allow_text_only: accept prompts without image or video.
     Raises:
-        ValueError: an unknown argument, a wrong value, or arguments that contradict each other.
+        ValueError: an unknown argument, a wrong value, arguments that contradict each other, or a checkpoint that lacks
+            weights (gates may be missing with `nsa_mode="dense"`, which does not use them).
     """
 
     is_simple = False
@@ -119,6 +120,10 @@ class VideoNSA(lmms):
             raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {dtype!r}")
         if fps is not None and num_frames is not None:
             raise ValueError(f"`fps` = {fps!r} and `num_frames` = {num_frames!r} exclude each other")
+        if max_num_frames is not None and num_frames is not None:
+            raise ValueError(f"`max_num_frames` = {max_num_frames!r} limits `fps`, not `num_frames` = {num_frames!r}")
+        if device is not None and device_map is not None:
+            raise ValueError(f"`device` = {device!r} and `device_map` = {device_map!r} exclude each other")
         if tokens_per_frame is not None:
             if max_pixels is not None or min_pixels is not None:
                 raise ValueError(f"`tokens_per_frame` = {tokens_per_frame} sets `min_pixels` and `max_pixels` itself")
@@ -143,9 +148,15 @@ class VideoNSA(lmms):
         if trust_remote_code:
             settings["trust_remote_code"] = True
         model_class = AutoModel if trust_remote_code else VideoNSAForConditionalGeneration
-        self.model = model_class.from_pretrained(
-            str(pretrained), dtype=dtype, device_map=device_map or {"": self.device}, **settings
-        ).eval()
+        self.model, loaded = model_class.from_pretrained(
+            str(pretrained),
+            dtype=dtype,
+            device_map=device_map or {"": self.device},
+            output_loading_info=True,
+            **settings,
+        )
+        _check_nothing_is_missing(str(pretrained), loaded["missing_keys"], self.model.config.nsa_mode)
+        self.model.eval()
         options = {
             "fps": fps,
             "num_frames": num_frames,
@@ -166,32 +177,35 @@ class VideoNSA(lmms):
         self.video_cache = video_cache and not self.inference.reads_prompts_whole
         self.decode_workers, self.allow_text_only = decode_workers, allow_text_only
 
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "VideoNSA":
+        """From `--model_args`; a process that cannot load the model ends all."""
+        with _all_processes_end_on_error():
+            return super().create_from_arg_string(arg_string, additional_config)
+
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """An answer to each request, in their order."""
-        with self._all_processes_end_on_error():
-            questions, settings, logged = [], [], []
+        with _all_processes_end_on_error():
+            questions, settings = [], []
             for request in requests:
-                context, doc_to_messages, gen_kwargs, *where = self._chat_request(request)
+                doc_to_messages, gen_kwargs, *where = self._chat_request(request)
                 settings.append(GenerationSettings.of_task(gen_kwargs))
                 questions.append(self._question(doc_to_messages, *where, settings[-1]))
-                logged.append((context, gen_kwargs))
 
             def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
                 return self.inference.generate(inputs, settings[indices[0]], cache)
 
             start = time.perf_counter()
             results = self._answer(questions, run)
-            for arguments, result in zip(logged, results, strict=True):
-                self.cache_hook.add_partial("generate_until", arguments, result.text)
             self._log_speed(results, time.perf_counter() - start)
             return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         """The answers of all rounds for each request."""
-        with self._all_processes_end_on_error():
+        with _all_processes_end_on_error():
             results = []
             for request in tqdm(requests, disable=self.rank != 0, desc="Answering in rounds"):
-                _, doc_to_messages, gen_kwargs, doc_id, task, split = self._chat_request(request)
+                doc_to_messages, gen_kwargs, doc_id, task, split = self._chat_request(request)
                 settings = GenerationSettings.of_task(gen_kwargs)
 
                 def answer(raw: Any, settings=settings) -> str:
@@ -209,7 +223,7 @@ class VideoNSA(lmms):
             greedy decoding would give it, each as the `text` of a `GenerationResult`: lmms-eval 0.7 makes strings of
             plain pairs, which it cannot score then. It takes the choice with the smallest first number.
         """
-        with self._all_processes_end_on_error():
+        with _all_processes_end_on_error():
             questions, continuations = [], []
             for request in requests:
                 context, continuation, *rest = request.args
@@ -222,6 +236,10 @@ class VideoNSA(lmms):
                     questions.append(_Question(_messages_of_text(context), request.task_name))
                 # An answer does not begin with the blank that lmms-eval puts between question and choice.
                 continuations.append(self.inference.tokenize(continuation.lstrip()))
+                if not continuations[-1]:  # nothing would be the likeliest of all answers
+                    raise ValueError(
+                        f"{request.task_name}, document {request.doc_id}: the choice {continuation!r} is empty"
+                    )
 
             def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
                 return self.inference.loss(inputs, [continuations[index] for index in indices], cache)
@@ -247,9 +265,11 @@ class VideoNSA(lmms):
                         (results[index],) = run([index], follow, video.cache)
                         self.inference.rewind(video)
                         bar.update()
+                    del video  # the next one's cache needs the room
                 else:
                     for index, answer in zip(job.indices, run(job.indices, inputs, None), strict=True):
                         results[index] = answer
+                    del inputs
                     bar.update(len(job.indices))
         return results
 
@@ -303,39 +323,29 @@ class VideoNSA(lmms):
             with _named(task, doc_id):
                 return self._messages(doc_to_messages(self.task_dict[task][split][doc_id]))
 
-        return _Question(messages, task, str(settings), settings is None or settings.is_single_sequence)
+        return _Question(messages, task, str(settings), settings is None or settings.may_continue_cache)
 
     def _messages(self, raw: Any) -> list[dict[str, Any]]:
         return to_messages(raw, system_prompt=self.system_prompt, allow_text_only=self.allow_text_only)
 
     def _chat_request(self, request: Instance) -> tuple:
-        """(context, doc_to_messages, generation_kwargs, doc_id, task, split)"""
-        return request.args
-
-    @contextlib.contextmanager
-    def _all_processes_end_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.world_size == 1:
-                raise
-            # lmms-eval catches exceptions and would leave the other processes waiting for this one.
-            logger.exception(f"process {self.rank} failed")
-            raise SystemExit(1) from error
+        """(doc_to_messages, generation_kwargs, doc_id, task, split)"""
+        return request.args[1:]
 
     def _log_speed(self, results: Sequence[GenerationResult], seconds: float) -> None:
         counts = [result.token_counts for result in results]
         generated = sum(count.output_tokens for count in counts)
-        means = {name: sum(getattr(count, name) for count in counts) / max(1, len(counts)) for name in _LOGGED}
-        log_metrics(seconds, generated, generated / max(seconds, 1e-9), {"total_requests": len(results)} | means)
+        logged = {"total_requests": len(results)}
+        for name in ("input_tokens", "vision_tokens", "attention_share"):
+            values = [getattr(count, name) for count in counts]
+            if None not in values:
+                logged[name] = sum(values) / max(1, len(values))
+        log_metrics(seconds, generated, generated / max(seconds, 1e-9), logged)
 
     def clean(self) -> None:
         """Free the model, as lmms-eval asks before it scores answers."""
         self.inference = None
         super().clean()
-
-
-_LOGGED = ("input_tokens", "vision_tokens", "attention_share")
 
 
 @dataclass(frozen=True)
@@ -361,7 +371,7 @@ class VideoNSASimple(VideoNSA):
 
     def _chat_request(self, request: Instance) -> tuple:
         context, gen_kwargs, doc_to_visual, doc_id, task, split = request.args
-        return context, _user_turn(context, doc_to_visual), gen_kwargs, doc_id, task, split
+        return _user_turn(context, doc_to_visual), gen_kwargs, doc_id, task, split
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
         raise ValueError("tasks with several rounds run without --force_simple")
@@ -374,6 +384,29 @@ def _user_turn(context: str, doc_to_visual: Callable) -> Callable[[Any], list[di
 
 def _messages_of_text(text: str) -> Callable[[], list[dict[str, Any]]]:
     return lambda: [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+def _check_nothing_is_missing(pretrained: str, missing: Iterable[str], nsa_mode: str) -> None:
+    """transformers fills what a checkpoint lacks with new weights, and the scores would be those of no model."""
+    names = sorted(name for name in missing if not (nsa_mode == "dense" and ".self_attn.g_proj_" in name))
+    if names:
+        raise ValueError(
+            f"`pretrained` = {pretrained!r} lacks {len(names)} weights, such as {names[0]}; convert_weights.py adds "
+            "gates to a Qwen2.5-VL checkpoint, and nsa_mode=dense does without them"
+        )
+
+
+@contextlib.contextmanager
+def _all_processes_end_on_error() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        processes = PartialState()
+        if processes.num_processes == 1:
+            raise
+        # lmms-eval catches exceptions and would leave the other processes waiting for this one.
+        logger.exception(f"process {processes.process_index} failed")
+        raise SystemExit(1) from error
 
 
 @contextlib.contextmanager

@@ -12,6 +12,23 @@ from transformers import GenerationConfig
 # What some tasks' YAML sets for other models.
 _OF_OTHER_MODELS = ("image_aspect_ratio", "seed", "skip_special_tokens", "visual_cot")
 _DEFAULT_MAX_NEW_TOKENS = 128
+# What lmms-eval gives every task that names no stop strings. It would cut answers of several paragraphs.
+_DEFAULT_UNTIL = ("\n\n",)
+# Settings that may go with a KV cache of the prompt's beginning. Others, such as `prompt_lookup_num_tokens`, give wrong
+# answers with one in transformers 5.23, without a word.
+_FOR_KEPT_CACHES = {
+    "do_sample",
+    "max_new_tokens",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beams",
+    "num_return_sequences",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+}
 
 
 def to_messages(raw: Any, *, system_prompt: str | None = None, allow_text_only: bool = False) -> list[dict[str, Any]]:
@@ -116,6 +133,9 @@ class GenerationSettings:
     def of_task(cls, given: dict[str, Any]) -> "GenerationSettings":
         """Read a task's `generation_kwargs`.
 
+        As in lmms-eval's own models, a temperature decides whether to sample, whatever `do_sample` says: tasks set
+        `do_sample=False`, and `--gen_kwargs temperature=0.7` would have no effect.
+
         Raises:
             ValueError: a keyword that is neither one of `GenerationConfig` nor known to be meant for other models.
         """
@@ -129,17 +149,19 @@ class GenerationSettings:
                 raise ValueError(f"generation_kwargs: `{name}`={value!r} is not a keyword of transformers' generation")
             else:
                 options[name] = value
-        options.setdefault("do_sample", (options.get("temperature") or 0) > 0)
+        if options.get("temperature") is not None:
+            options["do_sample"] = options["temperature"] > 0
+        options.setdefault("do_sample", False)
         if not options["do_sample"]:
             # The checkpoint's own defaults would be taken for settings without effect.
             options |= {"temperature": None, "top_p": None, "top_k": None}
-        # lmms-eval adds "\n\n" to every task that names no stop strings; it would cut answers of several paragraphs.
-        return cls(options, tuple(string for string in until if string not in ("", "\n\n")))
+        return cls(options, () if tuple(until) == _DEFAULT_UNTIL else tuple(string for string in until if string))
 
     @property
-    def is_single_sequence(self) -> bool:
-        """Whether one prompt makes one row of the cache."""
-        return all(self.options.get(name) in (None, 1) for name in ("num_beams", "num_return_sequences"))
+    def may_continue_cache(self) -> bool:
+        """Whether the answer may start from a KV cache of the prompt's beginning, of one row."""
+        is_one_row = all(self.options.get(name) in (None, 1) for name in ("num_beams", "num_return_sequences"))
+        return is_one_row and self.options.keys() <= _FOR_KEPT_CACHES
 
     def finish(self, answer: str) -> str:
         """The answer up to the first string that ends it."""

@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from lmms_eval.utils import simple_parse_args_string
 
-from .run_preset import preset_names, read_preset
+from .run_preset import RESULTS, preset_names, read_preset
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,12 @@ class Run:
         return self.arguments.get("tokens_per_frame") or (pixels and pixels / 28**2)
 
     def mean(self, name: str) -> float | None:
-        values = [getattr(sample, name) for sample in self.samples if getattr(sample, name) is not None]
-        return sum(values) / len(values) if values else None
+        return _mean(self.samples, name)
+
+
+def _mean(samples: Iterable[Sample], name: str) -> float | None:
+    values = [getattr(sample, name) for sample in samples if getattr(sample, name) is not None]
+    return sum(values) / len(values) if values else None
 
 
 def read_runs(folders: Iterable[Path]) -> list[Run]:
@@ -91,21 +95,24 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
     """
     folders = list(folders)
     runs = []
-    for file in sorted(path for folder in folders for path in folder.rglob("*_results.json")):
+    for file in sorted(path for folder in folders for path in folder.rglob(RESULTS)):
         try:
             content = json.loads(file.read_text())
             arguments = simple_parse_args_string(content["config"]["model_args"])
             for task, config in content["configs"].items():
-                metric, percent = _main_metric(task, config)
-                value = content["results"][task][f"{metric},none"]
+                metric, in_percent = _main_metric(task, config)
+                value = float(content["results"][task][f"{metric},none"])
                 samples = file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl"))
                 lines = samples.read_text().splitlines() if samples.is_file() else []
-                score = float(value) * (1 if percent else 100)
-                runs.append(Run(file, task, arguments, metric, score, [_sample(json.loads(line)) for line in lines]))
+                if in_percent is None:
+                    in_percent = value > 1
+                score = value if in_percent else 100 * value
+                samples = [_sample(json.loads(line), metric) for line in lines]
+                runs.append(Run(file, task, arguments, metric, score, samples))
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is not a result file of lmms_eval --model videonsa: {error!r}") from error
     if not runs:
-        raise ValueError(f"no *_results.json in {', '.join(map(str, folders))}")
+        raise ValueError(f"no {RESULTS} in {', '.join(map(str, folders))}")
     return runs
 
 
@@ -114,28 +121,27 @@ def _presets_by_task() -> dict[str, dict]:
     return {preset["tasks"]: preset for preset in presets}
 
 
-def _main_metric(task: str, config: dict) -> tuple[str, bool]:
-    """Name of the metric that counts, and whether it is in percent; else it is a share."""
+def _main_metric(task: str, config: dict) -> tuple[str, bool | None]:
+    """Name of the metric that counts, and whether it is in percent, not a share; `None` where no preset tells."""
     preset = _presets_by_task().get(task) or _presets_by_task().get(task.replace("mlvu_dev", "mlvu_test"))
     if preset:
         return preset["metric"], preset["in_percent"]
-    return config["metric_list"][0]["metric"], False
+    return config["metric_list"][0]["metric"], None
 
 
-def _sample(line: dict) -> Sample:
-    scores = (_score(name, value) for name, value in line.items())
+def _sample(line: dict, metric: str) -> Sample:
     counts = next((entry for entry in line.get("token_counts") or [] if entry and "vision_tokens" in entry), {})
     return Sample(
-        next((score for score in scores if score is not None), None),
+        _score(line.get(metric)),
         counts.get("vision_tokens"),
         counts.get("attention_share"),
         counts.get("attention", {}),
     )
 
 
-def _score(name: str, value: Any) -> float | None:
+def _score(value: Any) -> float | None:
     """The score in what a task says of a document, in the forms that lmms-eval's video tasks have."""
-    if name in ("acc", "accuracy"):
+    if isinstance(value, (int, float)):
         return float(value)
     if not isinstance(value, dict):
         return None
@@ -181,10 +187,7 @@ def _text(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-_COST = ("vision_tokens", "attention_share")
-
-
-def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, float]]:
+def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, float | None]]:
     """Samples of similar length together, half a doubling apart.
 
     Returns:
@@ -199,7 +202,7 @@ def by_context(samples: Iterable[Sample]) -> list[tuple[float, float, float, flo
         scores = [100 * sample.score for sample in group]
         mean = sum(scores) / len(scores)
         spread = sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1)
-        tokens, share = (sum(getattr(s, name) for s in group) / len(group) for name in _COST)
+        tokens, share = _mean(group, "vision_tokens"), _mean(group, "attention_share")
         points.append((tokens, mean, math.sqrt(spread / len(group)), share))
     return points
 
@@ -238,7 +241,7 @@ def plot_context(runs: Sequence[Run]):
                 ticks = dict(zip(tokens, shares, strict=True)) if len(tokens) > len(ticks) else ticks
         axis.set_xscale("log", base=2)
         if ticks:
-            axis.set_xticks(list(ticks), [f"{tokens:,.0f}\n{share:.1%}" for tokens, share in ticks.items()])
+            axis.set_xticks(list(ticks), [f"{tokens:,.0f}\n{_text(share, '.1%')}" for tokens, share in ticks.items()])
             axis.minorticks_off()
         axis.set(title=task, xlabel="vision tokens, share of dense attention", ylabel="accuracy, %", ylim=(-3, 103))
         if any(names.values()):
@@ -252,7 +255,7 @@ def _plot_grid(runs: Sequence[Run], x: str, y: str, varied: set[str], budget, lo
     """
     groups: dict[tuple, list[Run]] = defaultdict(list)
     for run in runs:
-        if run.setting("nsa_mode") != "dense" and None not in (_value(run, x), _value(run, y)):
+        if None not in (_value(run, x), _value(run, y)) and budget.is_for(run):
             others = tuple(f"{name}={value}" for name, value in run.arguments.items() if name not in varied)
             groups[(run.task, *sorted(others))].append(run)
     places = {key: [(_value(run, x), _value(run, y)) for run in group] for key, group in groups.items()}
@@ -282,8 +285,9 @@ def _plot_grid(runs: Sequence[Run], x: str, y: str, varied: set[str], budget, lo
         for amount in sorted({round(budget.of(*place, groups[key][0])) for place in places[key]}):
             line = [(step, budget.y(step, amount, groups[key][0])) for step in steps]
             line = [(step, value) for step, value in line if max(low, 0) < value < high]
-            axis.plot(*zip(*line, strict=True), "--", color="navy", linewidth=0.8)
-            axis.annotate(f"{amount:,} {budget.unit}", line[-1], fontsize=6, color="navy", ha="right")
+            if line:  # a steep one passes the plot between two steps
+                axis.plot(*zip(*line, strict=True), "--", color="navy", linewidth=0.8)
+                axis.annotate(f"{amount:,} {budget.unit}", line[-1], fontsize=6, color="navy", ha="right")
     return figure
 
 
@@ -295,6 +299,10 @@ class _VideoBudget:
     """Tokens of a video: two frames share theirs."""
 
     unit = "video tokens"
+
+    @staticmethod
+    def is_for(run: Run) -> bool:
+        return True
 
     @staticmethod
     def of(frames: float, tokens_per_frame: float, run: Run) -> float:
@@ -309,6 +317,10 @@ class _AttentionBudget:
     """Keys that a vision token selects and those in its window, which the paper's plots hold constant."""
 
     unit = "keys"
+
+    @staticmethod
+    def is_for(run: Run) -> bool:
+        return run.setting("nsa_mode") != "dense" and run.setting("block_size") is not None
 
     @staticmethod
     def of(window_size: float, block_counts: float, run: Run) -> float:

@@ -1,6 +1,7 @@
 """Which rows of a forward call are vision rows, which are text rows, and which keys each may see."""
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 
@@ -11,7 +12,7 @@ from . import utils
 class TextRun:
     """Consecutive text rows of one sample: rows `start` to `stop` see the sample's first `num_keys` keys, causally."""
 
-    sample: int
+    sample: int  # row of the batch; a packed row holds runs of several samples
     start: int
     stop: int
     num_keys: int
@@ -41,42 +42,49 @@ class VisionRouting:
     text_runs: list[TextRun]
 
     @classmethod
-    def build(cls, token_types: torch.Tensor, attention_mask: torch.Tensor | None, past: int) -> "VisionRouting | None":
+    def build(
+        cls,
+        token_types: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past: int,
+        starts: torch.Tensor | None = None,
+        *,
+        needs_vision: bool = True,
+    ) -> "VisionRouting | None":
         """Route the new tokens; `None` where no vision token is among them.
 
         Args:
             token_types: (batch, past + q_len); 0 text, 1 image, 2 video.
             attention_mask: (batch, past + q_len), nonzero for tokens that take part; all do where it is `None`.
             past: number of cached tokens.
+            starts: (batch, q_len), nonzero at the first token of every sample, for rows that pack several; then
+                attention_mask is `None` and past 0.
+            needs_vision: False routes calls that are all text, too.
         """
         device = token_types.device
         # One transfer to the host; everything below is arithmetic there, and the results go back in `.to(device)`.
         is_valid = torch.ones_like(token_types) if attention_mask is None else attention_mask
-        token_types, is_valid = torch.stack([token_types, is_valid.to(token_types.dtype)]).cpu()
+        starts = torch.zeros_like(token_types) if starts is None else starts
+        token_types, is_valid, starts = torch.stack(
+            [x.to(token_types.dtype) for x in (token_types, is_valid, starts)]
+        ).cpu()
         is_valid = is_valid.bool()
         is_vision = (token_types != 0) & is_valid
-        if not is_vision[:, past:].any():
+        if needs_vision and not is_vision[:, past:].any():
             return None
 
-        text_runs = []
-        for sample, (valid, vision) in enumerate(zip(is_valid, is_vision, strict=True)):
-            positions = valid.nonzero().squeeze(-1)
-            if len(positions) and len(positions) == positions[-1] - positions[0] + 1:
-                keys = slice(int(positions[0]), int(positions[-1]) + 1)
-            else:
-                keys = positions
-            seen = valid.cumsum(0)
-            rows = (valid & ~vision)[past:].nonzero().squeeze(-1)  # [num_text_rows]
-            if len(rows):
-                for run in torch.tensor_split(rows, (rows.diff() > 1).nonzero().squeeze(-1) + 1):
-                    start, stop = int(run[0]), int(run[-1]) + 1
-                    text_runs.append(TextRun(sample, start, stop, int(seen[past + stop - 1]), keys))
+        text_runs, lengths_q, lengths_k = [], [], []
+        for row, (valid, vision) in enumerate(zip(is_valid, is_vision, strict=True)):
+            firsts = {0, *starts[row].nonzero().squeeze(-1).tolist()}
+            for first, end in pairwise([*sorted(firsts), len(valid)]):
+                new = max(past, first)  # from where on its tokens are queries
+                text_runs += _text_runs(row, valid[first:end], vision[first:end], first, past)
+                lengths_q.append(int(vision[new:end].sum()))
+                lengths_k.append(int(vision[first:end].sum()))
         return cls(
             vision_rows=is_vision[:, past:].nonzero(as_tuple=True),
             vision_keys=is_vision.nonzero(as_tuple=True),
-            lengths=utils.SequenceLengths.from_lengths(
-                is_vision[:, past:].sum(-1).tolist(), is_vision.sum(-1).tolist()
-            ),
+            lengths=utils.SequenceLengths.from_lengths(lengths_q, lengths_k),
             text_rows=(is_valid & ~is_vision)[:, past:].nonzero(as_tuple=True),
             text_runs=text_runs,
         ).to(device)
@@ -98,6 +106,38 @@ class VisionRouting:
             return value
 
         return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
+    """Where the samples of packed rows begin: (batch, q_len), or `None` where no row holds several.
+
+    As in transformers, text positions that start again at 0 tell them apart.
+
+    Args:
+        position_ids: (4, batch, q_len), text and M-RoPE positions; in any other shape they pack nothing.
+    """
+    if position_ids is None or position_ids.ndim != 3 or len(position_ids) != 4:
+        return None
+    starts = position_ids[0] == 0
+    return starts if starts[:, 1:].any() else None
+
+
+def _text_runs(row: int, valid: torch.Tensor, vision: torch.Tensor, first: int, past: int) -> list[TextRun]:
+    """Of one sample, which lies in a row from column `first` on."""
+    positions = valid.nonzero().squeeze(-1) + first
+    if len(positions) and len(positions) == positions[-1] - positions[0] + 1:
+        keys = slice(int(positions[0]), int(positions[-1]) + 1)
+    else:
+        keys = positions
+    seen = valid.cumsum(0)
+    rows = (valid & ~vision).nonzero().squeeze(-1)
+    rows = rows[rows + first >= past]  # [num_text_rows]
+    if not len(rows):
+        return []
+    return [
+        TextRun(row, int(run[0]) + first - past, int(run[-1]) + first - past + 1, int(seen[run[-1]]), keys)
+        for run in torch.tensor_split(rows, (rows.diff() > 1).nonzero().squeeze(-1) + 1)
+    ]
 
 
 def is_2d(attention_mask) -> bool:
@@ -122,13 +162,14 @@ def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *co
 
     Args:
         attention_mask: (batch, past + q_len) or `None`.
-        position_ids: those of the call, of any shape that Qwen2.5-VL takes.
+        position_ids: those of the call, of any shape that Qwen2.5-VL takes; `None` where `sample_starts` found samples.
         kwargs: further arguments of the call, which override the configs.
     """
     if kwargs.get("cu_seq_lens_q") is not None or _restarts(position_ids, attention_mask, past):
         raise ValueError(
-            "`position_ids` or `cu_seq_lens_q` packs several samples into one row, which NSA cannot tell apart; "
-            "pass them as rows of a batch with an `attention_mask`"
+            "`position_ids` or `cu_seq_lens_q` packs several samples into one row in a way that NSA cannot tell apart: "
+            "pass them as rows of a batch; or, with nsa_variant='paper' and neither `attention_mask` nor a cache, pass "
+            "`position_ids` of shape (4, batch, q_len) whose text positions start at 0 in every sample"
         )
     if kwargs.get("output_attentions", any(config.output_attentions for config in configs)):
         raise ValueError(

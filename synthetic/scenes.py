@@ -194,5 +194,5 @@ KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "ordinal": _ordinal,  # an event by its number: the video itself must count
     "repetition": _repetition,  # an event that comes back
     "after": _after,  # two events side by side, or nearly: the video itself must join them
-    "later": _later,  # two events far apart: the same, beyond the sliding window
+    "later": _later,  # two events far apart: the same, over many frames
 }

@@ -1,5 +1,6 @@
 """Shared fixtures: a tiny model with gates that matter, and prompts written as layouts."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,9 +9,9 @@ import torch
 import triton_testing  # noqa: F401  first: it decides how Triton runs, before transformers imports it
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "demo"))
+sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
 
-from tiny_checkpoint import tiny_config, tiny_tokenizer  # noqa: E402
+from tiny_checkpoint import save_tiny_qwen2_5_vl, tiny_config, tiny_tokenizer  # noqa: E402
 
 from configuration_videonsa import VideoNSAConfig  # noqa: E402
 from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
@@ -131,3 +132,22 @@ def prompts() -> Prompts:
 @pytest.fixture
 def model():
     return build_model()
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory) -> dict[str, Path]:
+    """Tiny Qwen2.5-VL checkpoints, never written to."""
+    root = tmp_path_factory.mktemp("qwen")
+    return {
+        "old": save_tiny_qwen2_5_vl(root / "old", layout="old"),
+        "old tied": save_tiny_qwen2_5_vl(root / "old_tied", layout="old", tie_word_embeddings=True),
+        "new": save_tiny_qwen2_5_vl(root / "new"),
+        "new sharded": save_tiny_qwen2_5_vl(root / "new_sharded", max_shard_size="100KB"),
+        "new tied": save_tiny_qwen2_5_vl(root / "new_tied", tie_word_embeddings=True),
+    }
+
+
+@pytest.fixture
+def source(pristine, tmp_path) -> Path:
+    """A sharded checkpoint that a test may damage."""
+    return Path(shutil.copytree(pristine["new sharded"], tmp_path / "source"))

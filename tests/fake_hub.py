@@ -2,6 +2,7 @@
 
     with FakeHub() as hub:
         commit = hub.seed("org/VideoNSA", folder)
+        hub.fail("GET", r"/resolve/.*safetensors", cut_answer_at=1000, times=2)
         subprocess.run(..., env=os.environ | hub.environment(cache_folder))
 
 or, to look at it from a shell, `python tests/fake_hub.py --port 8123 --seed org/VideoNSA=/path/to/folder`.
@@ -12,8 +13,11 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -25,6 +29,11 @@ LFS_BYTES = 10 * 2**20
 def git_sha(data: bytes) -> str:
     """The object id that git gives a file of this content."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def object_id(data: bytes, is_lfs: bool) -> str:
+    """What the Hub knows a file by."""
+    return hashlib.sha256(data).hexdigest() if is_lfs else git_sha(data)
 
 
 class Repo:
@@ -63,6 +72,30 @@ class Repo:
         return digest.hexdigest()
 
 
+@dataclass
+class Fault:
+    """What goes wrong with some requests; see `FakeHub.fail`."""
+
+    method: str
+    path: re.Pattern
+    times: int
+    status: int | None
+    code: str
+    cut_request_at: int | None
+    cut_answer_at: int | None
+    lose_answer: bool
+    delay: float
+    call: Callable[[], object] | None
+
+
+class Server(ThreadingHTTPServer):
+    """Does not print that a client has gone, which is what faults are for."""
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FakeHub:
     """The server; also a context manager.
 
@@ -79,7 +112,9 @@ class FakeHub:
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str]] = []
         self.is_down = False
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": self}))
+        self.faults: list[Fault] = []
+        self.lock = threading.Lock()
+        self.server = Server(("127.0.0.1", port), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
     def seed(self, repo_id: str, folder: str | Path, branch: str = "main") -> str:
@@ -91,6 +126,49 @@ class FakeHub:
             if path.is_file() and "__pycache__" not in path.parts
         }
         return repo.commit(files, f"seed {folder}", branch, deleted=list(repo.commits[repo.refs["main"]]))
+
+    def fail(
+        self,
+        method: str,
+        path: str,
+        *,
+        times: int = 1_000_000,
+        status: int | None = None,
+        code: str = "Down",
+        cut_request_at: int | None = None,
+        cut_answer_at: int | None = None,
+        lose_answer: bool = False,
+        delay: float = 0.0,
+        call: Callable[[], object] | None = None,
+    ) -> None:
+        """Let the next `times` requests go wrong whose method is `method` and in whose path the pattern `path` is.
+
+        Args:
+            status, code: answer with this instead; the code is the `X-Error-Code`.
+            cut_request_at: drop the connection after so many bytes of the request's body.
+            cut_answer_at: drop the connection after so many bytes of the answer's body.
+            lose_answer: do what was asked, and drop the connection instead of answering.
+            delay: seconds to wait before doing anything.
+            call: run this first.
+        """
+        self.faults.append(
+            Fault(
+                method, re.compile(path), times, status, code, cut_request_at, cut_answer_at, lose_answer, delay, call
+            )
+        )
+
+    def take_fault(self, method: str, path: str) -> Fault | None:
+        """The fault that this request has, if any; it then has happened once more."""
+        with self.lock:
+            for fault in self.faults:
+                if fault.times and fault.method == method and fault.path.search(path):
+                    fault.times -= 1
+                    return fault
+        return None
+
+    def count(self, method: str, path: str) -> int:
+        """How many requests so far had this method and a path with this pattern in it."""
+        return sum(asked == method and bool(re.search(path, where)) for asked, where, _ in self.requests)
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The content of a repository, by path."""
@@ -138,10 +216,22 @@ class Handler(BaseHTTPRequestHandler):
     def route(self) -> None:
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        body = self.read_body() if self.command in ("POST", "PUT", "DELETE") else b""
         self.hub.requests.append((self.command, url.path, url.query))
+        self.fault = self.hub.take_fault(self.command, url.path)
+        if self.fault:
+            if self.fault.call:
+                self.fault.call()
+            threading.Event().wait(self.fault.delay)  # not time.sleep, which tests may have replaced
+            if self.fault.cut_request_at is not None:
+                self.rfile.read(self.fault.cut_request_at)
+                self.hang_up()
+                return
+        body = self.read_body() if self.command in ("POST", "PUT", "DELETE") else b""
         if self.hub.is_down:
             self.fail(503, "Down", "the fake hub is down")
+            return
+        if self.fault and self.fault.status:
+            self.fail(self.fault.status, self.fault.code, "the fake hub fails")
             return
         for methods, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, url.path)
@@ -150,11 +240,19 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.fail(404, "", f"no route for {self.command} {url.path}")
 
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
+
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = route
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            body = self.rfile.read(length)
+            if len(body) < length:
+                raise ConnectionResetError("the client has gone in the middle of its request")
+            return body
         body = b""
         while size := int(self.rfile.readline().split(b";")[0], 16):
             body += self.rfile.read(size)
@@ -165,6 +263,9 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, body: object = b"", headers: dict[str, str] | None = None, status: int = 200) -> None:
         """Send bytes as they are and anything else as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        if self.fault and self.fault.lose_answer:
+            self.hang_up()
+            return
         self.send_response(status)
         for name, value in (
             {"Content-Type": "application/json", "Content-Length": len(data)} | (headers or {})
@@ -172,7 +273,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data)
+            cut = self.fault.cut_answer_at if self.fault else None
+            self.wfile.write(data[:cut])
+            if cut is not None and cut < len(data):
+                self.wfile.flush()
+                self.hang_up()
 
     def fail(self, status: int, code: str, message: str, **headers: str) -> None:
         self.answer({"error": message}, {"X-Error-Code": code, "X-Error-Message": message} | headers, status)
@@ -201,7 +306,7 @@ class Handler(BaseHTTPRequestHandler):
         if key in self.hub.repos:
             self.answer({"error": "You already created this repository", "url": url}, status=409)
             return
-        self.hub.repos[key] = Repo(private=bool(wanted.get("private")))
+        self.hub.repos[key] = Repo(private=bool(wanted.get("private")) or wanted.get("visibility") == "private")
         self.answer({"url": url, "name": repo_id, "id": "0" * 24})
 
     def repo_info(self, body: bytes, kind: str, repo_id: str, revision: str = "main") -> None:
@@ -249,6 +354,12 @@ class Handler(BaseHTTPRequestHandler):
         directories = [{"type": "directory", "path": p, "size": 0, "oid": git_sha(p.encode())} for p in sorted(folders)]
         self.answer(directories + entries)
 
+    def settings(self, body: bytes, kind: str, repo_id: str) -> None:
+        if repo := self.find_repo(repo_key(kind, repo_id)):
+            wanted = json.loads(body)
+            repo.private = wanted.get("private", wanted.get("visibility") == "private")
+            self.answer({})
+
     def create_branch(self, body: bytes, kind: str, repo_id: str, name: str) -> None:
         start = (json.loads(body) if body else {}).get("startingPoint") or "main"
         if found := self.find_commit(repo_key(kind, repo_id), start):
@@ -268,19 +379,27 @@ class Handler(BaseHTTPRequestHandler):
             self.fail(404, "EntryNotFound", "Entry not found", **{"X-Repo-Commit": commit})
             return
         data, is_lfs = files[path]
-        etag = f'"{hashlib.sha256(data).hexdigest() if is_lfs else git_sha(data)}"'
+        etag = f'"{object_id(data, is_lfs)}"'
         headers = {"X-Repo-Commit": commit, "ETag": etag, "Content-Type": "application/octet-stream"}
         if is_lfs:
             headers |= {"X-Linked-ETag": etag, "X-Linked-Size": str(len(data))}
-        self.answer(data, headers)
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            self.answer(data, headers)
+            return
+        first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
+        headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+        self.answer(data[first : last + 1], headers, status=206)
 
     def preupload(self, body: bytes, kind: str, repo_id: str, revision: str) -> None:
-        if self.find_repo(repo_key(kind, repo_id)):
+        if found := self.find_commit(repo_key(kind, repo_id), revision):
             files = []
             for file in json.loads(body)["files"]:
                 is_lfs = file["path"].endswith(LFS_SUFFIXES) or file["size"] > LFS_BYTES
                 mode = "lfs" if is_lfs else "regular"
-                files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": None})
+                data, was_lfs = found[2].get(file["path"], (None, False))
+                oid = None if data is None else object_id(data, was_lfs)
+                files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
             self.answer({"files": files})
 
     def lfs_batch(self, body: bytes, repo_id: str, kind: str | None) -> None:
@@ -337,6 +456,7 @@ ROUTES = (
     (("GET", "HEAD"), _REPO, Handler.repo_info),
     (("GET", "HEAD"), f"{_REPO}/revision/{_REVISION}", Handler.repo_info),
     (("GET",), rf"{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", Handler.tree),
+    (("PUT",), f"{_REPO}/settings", Handler.settings),
     (("POST",), rf"{_REPO}/branch/(?P<name>.+)", Handler.create_branch),
     (("POST",), f"{_REPO}/preupload/{_REVISION}", Handler.preupload),
     (("POST",), f"{_REPO}/commit/{_REVISION}", Handler.commit),

@@ -3,13 +3,14 @@
 import pytest
 import torch
 from nsa_cases import Case, assert_close_to_truth, spec_packed, with_gradients
-from triton_testing import DEVICE, lengths_on_device, needs_triton, on_cpu, on_device
+from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
 from nsa_kernels import attention, dense_causal, reference, utils
 
 # Every block is selected in each.
 ONE = Case((45,), heads=(7, 1), head_dim=32, block_size=16, block_counts=3, window_size=9)
 EQUAL = Case((33, 33), heads=(6, 2), head_dim=24, block_size=16, block_counts=3, window_size=20)
+LARGE = Case((200, 200), heads=(28, 4), head_dim=128, block_size=64, block_counts=4, window_size=70)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,9 @@ def attend(case, gates_dtype=None):
 
 @needs_triton
 @pytest.mark.parametrize("gates_dtype", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("case", [ONE, EQUAL], ids=str)
-def test_selection_through_torch_is_as_good_as_plain_code(case, gates_dtype, monkeypatch):
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", [ONE, EQUAL] + [LARGE] * (DEVICE.type == "cuda"), ids=str)
+def test_selection_through_torch_is_as_good_as_plain_code(case, dtype, gates_dtype, monkeypatch):
     from nsa_kernels import triton_attention
 
     windows = []
@@ -72,7 +74,7 @@ def test_selection_through_torch_is_as_good_as_plain_code(case, gates_dtype, mon
     def plain(*inputs):
         return reference.nsa_attention_ref(*inputs, case.lengths, **case.nsa, softmax_scale=case.scale)
 
-    inputs = [*case.qkv(torch.float16), *case.gates(torch.float16)]
+    inputs = [*case.qkv(dtype), *case.gates(dtype)]
     out = on_cpu(with_gradients(attend(case, gates_dtype), on_device(inputs)))
     assert windows == [case.window_size]  # that of the window branch alone
     assert_close_to_truth(out, with_gradients(plain, inputs), with_gradients(plain, [x.double() for x in inputs]))

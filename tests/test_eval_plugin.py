@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import threading
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from PIL import Image
+from tiny_checkpoint import save_tiny_qwen2_5_vl
 
 from videonsa_eval.lmms_videonsa import VideoNSA, VideoNSASimple
 from videonsa_eval.prompts import GenerationSettings, Job, answer_in_rounds, plan_jobs, shared_part, to_messages
@@ -96,6 +99,20 @@ def test_each_video_is_read_once(model, videos, monkeypatch):
     assert results == [model.generate_until([single])[0].text for single in requests]
 
 
+def test_one_cache_is_held_at_a_time(model, videos, monkeypatch):
+    read, caches, held = model.inference.read, [], []
+
+    def watched(*arguments):
+        held.append(sum(cache() is not None for cache in caches))
+        video = read(*arguments)
+        caches.append(weakref.ref(video.cache))
+        return video
+
+    monkeypatch.setattr(model.inference, "read", watched)
+    model.generate_until([request(model, about(video, q)) for video in videos[:3] for q in QUESTIONS[:2]])
+    assert held == [0, 0, 0]
+
+
 def test_videos_are_decoded_while_the_model_works(model, videos, monkeypatch):
     """The second video is being read before the first is answered; the answers keep their order all the same."""
     second_is_read = threading.Event()
@@ -161,6 +178,14 @@ def test_likelihood_without_a_prompt(checkpoint):
     assert first > 0 and second > 0 and first != second
 
 
+@pytest.mark.parametrize("choice", ["", " "])
+def test_an_empty_choice_is_not_the_best(checkpoint, choice):
+    model = make_model(checkpoint, simple=True)
+    asked = Instance("loglikelihood", ("", choice), 0, {"task": "made_up", "doc_id": 3, "repeats": 1})
+    with pytest.raises(ValueError, match=r"made_up, document 3: the choice '.*' is empty"):
+        model.loglikelihood([asked])
+
+
 def test_an_answer_is_likely(model, checkpoint, videos):
     """Greedy answers are greedy, and no other continuation of one token is more likely than their first."""
     asked = request(model, about(videos[0], QUESTIONS[0]), max_new_tokens=1)
@@ -186,6 +211,7 @@ def test_released_checkpoints_read_each_prompt_whole(videos, tmp_path):
             rows = model.model.generate(**prompt, max_new_tokens=3, do_sample=False)
         length = prompt["input_ids"].shape[1]
         assert model.inference.own_processor.decode(rows[0, length:], skip_special_tokens=True) == result.text
+        assert result.token_counts.attention_share is None  # what is counted is another variant's
 
     prompts = model.inference.prepare([to_messages(about(videos[0], question)) for question in QUESTIONS[:2]])
     choices = [[5, 6, 7], [8]]
@@ -274,6 +300,8 @@ def test_system_prompt(checkpoint, model, videos, tmp_path):
         ({"fps": -1}, "`fps`"),
         ({"fps": 2, "num_frames": 4}, "`num_frames` = 4"),
         ({"max_num_frames": 2.5}, "`max_num_frames`"),
+        ({"max_num_frames": 8, "num_frames": 4}, "`max_num_frames` = 8"),
+        ({"device": "cpu", "device_map": "auto"}, "`device_map` = 'auto'"),
         ({"tokens_per_frame": 4, "max_pixels": 3136}, "`tokens_per_frame`"),
         ({"max_total_tokens": 0}, "`max_total_tokens`"),
         ({"min_pixels": 6272, "max_pixels": 3136}, "min_pixels"),
@@ -316,12 +344,24 @@ def test_a_sample_that_fails_raises(model, videos, tmp_path, fault, place):
         model.generate_until(requests)
 
 
-def test_with_several_processes_a_failure_ends_all(model, videos, monkeypatch):
+def test_with_several_processes_a_failure_ends_all(model, monkeypatch):
     """lmms-eval catches exceptions; the launcher ends the other processes when one exits."""
-    monkeypatch.setattr(model, "_world_size", 2)
+    processes = SimpleNamespace(num_processes=2, process_index=1)
+    monkeypatch.setattr("videonsa_eval.lmms_videonsa.PartialState", lambda: processes)
     with pytest.raises(SystemExit) as stopped:
         model.generate_until([request(model, about("missing.mp4", QUESTIONS[0]))])
     assert stopped.value.code == 1
+    with pytest.raises(SystemExit) as stopped:
+        VideoNSA.create_from_arg_string("pretrained=a,fpss=4")
+    assert stopped.value.code == 1
+
+
+def test_a_checkpoint_without_gates(videos, tmp_path):
+    save_tiny_qwen2_5_vl(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks 8 weights, such as .*g_proj_1.bias"):
+        VideoNSA(pretrained=tmp_path)
+    model = VideoNSA(pretrained=tmp_path, nsa_mode="dense", fps=1, tokens_per_frame=4)
+    assert len(model.generate_until([request(model, about(videos[0], QUESTIONS[0]))])) == 1
 
 
 @pytest.mark.parametrize(
@@ -343,7 +383,11 @@ def test_prompts_that_cannot_be_asked(model, part, message):
     ("given", "options", "until"),
     [
         ({}, {"max_new_tokens": 128, "do_sample": False}, ()),
-        ({"until": ["\n\n", "ASSISTANT:"], "top_p": 1.0}, {"max_new_tokens": 128, "top_p": None}, ("ASSISTANT:",)),
+        ({"until": ["\n\n"], "top_p": 1.0}, {"max_new_tokens": 128, "top_p": None}, ()),
+        ({"until": ["\n\n", "ASSISTANT:"]}, {"max_new_tokens": 128}, ("\n\n", "ASSISTANT:")),
+        ({"do_sample": False, "temperature": 0.7}, {"do_sample": True, "temperature": 0.7}, ()),
+        ({"do_sample": True, "temperature": 0}, {"do_sample": False, "temperature": None}, ()),
+        ({"do_sample": True}, {"do_sample": True}, ()),
         ({"until": "."}, {}, (".",)),
         ({"temperature": 0.5, "top_p": 0.9}, {"do_sample": True, "temperature": 0.5, "top_p": 0.9}, ()),
         ({"temperature": 0, "max_new_tokens": 3}, {"do_sample": False, "temperature": None, "max_new_tokens": 3}, ()),
@@ -353,7 +397,7 @@ def test_prompts_that_cannot_be_asked(model, part, message):
 def test_generation_settings(given, options, until):
     settings = GenerationSettings.of_task(given)
     assert settings.options.items() >= options.items() and settings.until == until
-    assert settings.is_single_sequence == (given.get("num_beams", 1) == 1)
+    assert settings.may_continue_cache == (given.get("num_beams", 1) == 1)
 
 
 def test_answers_end_where_the_task_says():
@@ -365,8 +409,9 @@ def test_unknown_generation_settings():
         GenerationSettings.of_task({"max_new_token": 3})
 
 
-def test_beams_are_searched_without_the_cache(model, videos):
-    requests = [request(model, about(videos[0], question), num_beams=2) for question in QUESTIONS]
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str)
+def test_what_goes_without_the_video_cache(model, videos, settings):
+    requests = [request(model, about(videos[0], question), **settings) for question in QUESTIONS]
     assert texts(model.generate_until(requests)) == [model.generate_until([single])[0].text for single in requests]
 
 

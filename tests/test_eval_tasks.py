@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from eval_testing import TASKS, answers, draw, evaluate, make_model, read_logged, save_checkpoint
@@ -194,7 +195,8 @@ def test_the_papers_tasks(task, task_manager, checkpoint, drawn, monkeypatch):
     full = {"mlvu_dev": 2 / 7, "mlvu_test": 2 / 9}.get(task, 1)
     score = results["results"][task][f"{metric['metric']},none"]
     assert score == pytest.approx(full * (100 if metric["in_percent"] else 1))
-    assert [report._sample(sample).score for sample in results["samples"][task]] == [1] * len(data["docs"])
+    scores = [report._sample(sample, metric["metric"]).score for sample in results["samples"][task]]
+    assert scores == [1] * len(data["docs"])
     assert data["prompt"] in prompts[0] and "<|vision_start|><|vision_end|>" in prompts[0]
 
     # The model's own words: scored, and lower.
@@ -225,8 +227,8 @@ def test_presets(name, task_manager, checkpoint):
 
 
 def test_command_line_of_a_preset():
-    command = run_preset.command_line("tomato", "org/name", "fps=2,nsa_mode=dense", ["--limit", "8"])
-    assert "--tasks=tomato" in command and command[-2:] == ["--limit", "8"]
+    command = run_preset.command_line("tomato", "org/name", Path("out"), "fps=2,nsa_mode=dense", ["--limit", "8"])
+    assert "--tasks=tomato" in command and "--output_path=out" in command and command[-2:] == ["--limit", "8"]
     (arguments,) = [part for part in command if part.startswith("--model_args=")]
     assert arguments == (
         "--model_args=pretrained=org/name,fps=2,max_num_frames=128,tokens_per_frame=256,block_counts=32,"
@@ -234,6 +236,27 @@ def test_command_line_of_a_preset():
     )
     with pytest.raises(ValueError, match=r"`preset` must be one of .*, got 'tomatoe'"):
         run_preset.read_preset("tomatoe")
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_a_preset_without_results_is_an_error(tmp_path, monkeypatch, writes):
+    """lmms_eval prints most errors and returns. What an earlier run left counts for nothing."""
+    output = tmp_path / "results"
+
+    def write():
+        output.mkdir(exist_ok=True)
+        (output / f"{len(list(output.iterdir()))}_results.json").write_text("{}")
+
+    write()
+    monkeypatch.setattr(sys, "argv", ["run_preset.py", "mlvu", "org/name", "--output_path", str(output), "--limit=8"])
+    monkeypatch.setattr(run_preset, "cli_evaluate", write if writes else lambda: None)
+    if writes:
+        run_preset.main()
+        assert f"--output_path={output}" in sys.argv and "--limit=8" in sys.argv
+    else:
+        with pytest.raises(SystemExit, match="wrote no results") as stopped:
+            run_preset.main()
+        assert stopped.value.code
 
 
 def test_two_processes_from_the_command_line(checkpoint, drawn, task_manager, tmp_path):
@@ -272,7 +295,7 @@ def write_results(folder, name: str, model_args: str, scores: list[float], token
     (folder / "20261121_results.json").write_text(json.dumps(results))
     share = 1.0 if attention["nsa_mode"] == "dense" else 0.25
     lines = [
-        {"doc_id": i, "accuracy": score, "detail": {"score": score}, "filtered_resps": ["x"]}
+        {"doc_id": i, "accuracy": score, "parsed_answer": "x", "filtered_resps": ["x"]}
         | {"token_counts": [{"vision_tokens": count, "attention_share": share, "attention": attention}]}
         for i, (score, count) in enumerate(zip(scores, tokens, strict=True))
     ]
@@ -322,6 +345,48 @@ def test_published_scores_in_the_table(tmp_path):
     (tmp_path / "x_results.json").write_text(json.dumps(results))
     (row,) = [line for line in report.table(report.read_runs([tmp_path])).splitlines() if "mlvu_test" in line]
     assert "| 51.2 | 51.2 | 51.8 |" in row
+
+
+@pytest.mark.parametrize("value", [0.5125, 51.25])
+def test_scores_of_tasks_without_a_preset(tmp_path, value):
+    """lmms-eval's tasks report shares or percent, and say nowhere which."""
+    task, metric = "videomme_w_subtitle", "videomme_perception_score"
+    results = {"config": {"model_args": "pretrained=a"}, "results": {task: {f"{metric},none": value}}}
+    results["configs"] = {task: {"metric_list": [{"metric": metric}]}}
+    (tmp_path / "x_results.json").write_text(json.dumps(results))
+    sample = {"doc": {"score": 7, "answer": "A"}, metric: {"pred_answer": "A", "answer": "A"}, "token_counts": None}
+    (tmp_path / f"x_samples_{task}.jsonl").write_text(json.dumps(sample))
+    (run,) = report.read_runs([tmp_path])
+    assert run.score == pytest.approx(51.25) and run.samples[0].score == 1
+
+
+def test_plots_of_runs_without_samples_and_of_steep_budgets(tmp_path):
+    for window_size in (32, 65536):  # between two steps, the line of equal budget falls from above the plot to below
+        args = f"pretrained=a,window_size={window_size}"
+        write_results(tmp_path, f"window_{window_size}", args, [1.0], [100], window_size=window_size)
+    figure = report.plot_attention(report.read_runs([tmp_path]))
+    assert figure.axes[0].collections[0].get_offsets().tolist() == [[32, 32], [65536, 32]]
+    for samples in tmp_path.rglob("*.jsonl"):
+        samples.unlink()
+    assert [path.name for path in report.write_report([tmp_path], tmp_path / "report")] == ["report.md"]
+
+
+def test_plots_of_runs_whose_attention_is_not_counted(tmp_path):
+    write_results(tmp_path, "released", "pretrained=a", [1.0, 0.0], [100, 1000])
+    (file,) = tmp_path.rglob("*.jsonl")
+    file.write_text(file.read_text().replace('"attention_share": 0.25', '"attention_share": null'))
+    runs = report.read_runs([tmp_path])
+    assert report.by_context(runs[0].samples) == [(100, 100, 0, None), (1000, 0, 0, None)]
+    figure = report.plot_context(runs)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["100\n-", "1,000\n-"]
+
+
+def test_dense_runs_have_frames_too(tmp_path):
+    for frames in (16, 32):
+        args = f"pretrained=a,nsa_mode=dense,max_num_frames={frames},tokens_per_frame=4"
+        write_results(tmp_path, f"frames_{frames}", args, [1.0], [100], nsa_mode="dense")
+    runs = report.read_runs([tmp_path])
+    assert report.plot_frames(runs).axes[0].get_xlabel() == "frames" and report.plot_attention(runs) is None
 
 
 def test_no_results(tmp_path):

@@ -1,0 +1,69 @@
+"""Several samples in one row: the same logits and gradients as one row each."""
+
+import pytest
+import torch
+from conftest import build_model
+
+from nsa_kernels.routing import VisionRouting
+from positions_videonsa import mrope_position_ids
+
+LAYOUTS = ([3, ("video", 5, 4, 4), 6], [9], [("video", 1, 2, 2), 2, ("video", 3, 4, 6), 4], [2, ("image", 4, 4), 5])
+
+
+def pack(samples: list[dict], config) -> dict:
+    """One row; a sample's text positions begin at 0."""
+    names = {name for sample in samples for name in sample} - {"attention_mask"}
+    dims = {"input_ids": 1, "mm_token_type_ids": 1}
+    packed = {
+        name: torch.cat([sample[name] for sample in samples if name in sample], dims.get(name, 0)) for name in names
+    }
+    positions = []
+    for sample in samples:
+        mrope, _ = mrope_position_ids(
+            sample["mm_token_type_ids"],
+            *(sample.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")),
+            spatial_merge_size=config.vision_config.spatial_merge_size,
+            tokens_per_second=config.vision_config.tokens_per_second,
+        )
+        positions.append(torch.cat([torch.arange(mrope.shape[2]).expand(1, 1, -1), mrope]))
+    return packed | {"position_ids": torch.cat(positions, dim=2)}
+
+
+# transformers' eager attention is in float32, whose rounding depends on the length of a dense row.
+@pytest.mark.parametrize(
+    ("nsa_mode", "attn_implementation"), [("sparse", "sdpa"), ("sparse", "eager"), ("dense", "sdpa")]
+)
+def test_packed_rows_are_the_samples_alone(nsa_mode, attn_implementation, prompts):
+    model = build_model(nsa_mode=nsa_mode, attn_implementation=attn_implementation)
+    samples = [prompts.one(layout, seed=seed) for seed, layout in enumerate(LAYOUTS)]
+    weights = torch.randn(272, dtype=torch.float64)
+
+    alone = [model(**sample, use_cache=False).logits[0] for sample in samples]
+    (torch.cat(alone).tanh() @ weights).sum().backward()
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    model.zero_grad()
+
+    logits = model(**pack(samples, model.config), use_cache=False).logits[0]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-10)
+    (logits.tanh() @ weights).sum().backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: n + m
+            )
+
+
+def test_routing_of_a_packed_row():
+    types = torch.tensor([[0, 2, 2, 0, 0, 2, 2, 2, 0, 0]])
+    starts = torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0, 1, 0]])
+    routing = VisionRouting.build(types, None, 0, starts)
+    assert routing.lengths.offsets_q == routing.lengths.offsets_k == (0, 2, 5, 5)
+    runs = [(run.start, run.stop, run.num_keys, run.keys) for run in routing.text_runs]
+    assert runs == [
+        (0, 1, 1, slice(0, 4)),
+        (3, 4, 4, slice(0, 4)),
+        (4, 5, 1, slice(4, 8)),
+        (8, 10, 2, slice(8, 10)),
+    ]

@@ -1,0 +1,1 @@
+"""What `train.py` needs besides the model: data, optimisation, sequence parallelism."""
