@@ -119,7 +119,7 @@ def load(folder: Path) -> VideoNSAForConditionalGeneration:
 
 def ablations(folder: Path, seed: int, num_samples: int, scratch: Path) -> dict[str, dict[str, float]]:
     """The rows of the table, by name."""
-    model, processor = load(folder), VideoNSAProcessor.from_pretrained(folder)
+    model, processor = load(folder), VideoNSAProcessor.from_pretrained(folder, trust_remote_code=True)
     held_out = HeldOut(processor, seed, SECONDS, num_samples, scratch)
     counts, window = model.config.block_counts, model.config.window_size
     rows = {"as trained": settings(model)}
@@ -141,7 +141,7 @@ def ablations(folder: Path, seed: int, num_samples: int, scratch: Path) -> dict[
 
 def comparison(dense: Path, sparse: Path, seed: int, num_samples: int, scratch: Path) -> dict[str, dict[str, float]]:
     """Trained densely, trained sparsely, and the latter's weights run densely."""
-    processor = VideoNSAProcessor.from_pretrained(sparse)
+    processor = VideoNSAProcessor.from_pretrained(sparse, trust_remote_code=True)
     held_out = HeldOut(processor, seed, SECONDS, num_samples, scratch)
     results = {}
     for name, folder, mode in (
