@@ -35,10 +35,10 @@ def draw_scene(scene: Scene, rng: np.random.Generator, *, size: int = 56, fps: i
         raise ValueError(f"`size` must be even and at least 28, got {size!r}")
     if fps < 1:
         raise ValueError(f"`fps` must be at least 1, got {fps!r}")
-    return np.concatenate([_draw_card(card, rng, size, fps) for card in scene.cards])
+    return np.concatenate([draw_card(card, rng, size, fps) for card in scene.cards])
 
 
-def _draw_card(card: Card, rng: np.random.Generator, size: int, fps: int) -> np.ndarray:
+def draw_card(card: Card, rng: np.random.Generator, size: int, fps: int) -> np.ndarray:
     """The pictures of one second, (fps, size, size, 3) uint8."""
     grey = int(rng.integers(0, 60))
     radius = size * rng.uniform(0.24, 0.34)

@@ -5,7 +5,7 @@ A scene is a row of cards, each on screen for one second. Among plain filler (sh
 - flashes, each of its own colour, each with a digit after it: at once, or after a gap of filler;
 - loose digits, one of which makes a digit of the scene come twice; every other digit comes once;
 - one ball that moves;
-- one to four stars of random colours.
+- one to three stars of random colours.
 
 Everything is random but the answers follow from the cards alone, so that a scene of any length can be asked the same
 questions, and none can be answered without looking: every answer of a kind is equally likely, or nearly so.
@@ -20,7 +20,7 @@ COLOURS = ("red", "green", "blue", "yellow")
 DIGITS = tuple("0123456789")
 DIRECTIONS = ("left", "right", "up", "down")
 FILLER_SHAPES = ("circle", "square", "triangle")
-ORDINALS = ("first", "second", "third", "fourth")
+ORDINALS = ("first", "second", "third")
 
 MIN_CARDS = 8
 # From this gap on, a digit is "later" than its flash.
@@ -100,7 +100,7 @@ def make_scene(rng: np.random.Generator, num_cards: int, kind: str | None = None
 
 
 def _random_scene(rng: np.random.Generator, num_cards: int) -> Scene:
-    most_flashes, most_stars, most_loose = (2, 1, 1) if num_cards < 12 else (3, 4, 1) if num_cards < 24 else (4, 4, 3)
+    most_flashes, most_stars, most_loose = (2, 1, 1) if num_cards < 12 else (3, 3, 1) if num_cards < 24 else (4, 3, 3)
     num_flashes = int(rng.integers(2, most_flashes + 1))
     num_stars = int(rng.integers(1, most_stars + 1))
     num_loose = int(rng.integers(1, most_loose + 1))

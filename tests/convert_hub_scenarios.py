@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import damage_tensors, edit_json, load_all, snapshot, write_sharded
 from fake_hub import FakeHub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
@@ -21,6 +20,7 @@ from scenarios import scenario as run_in_folder
 from tiny_checkpoint import save_tiny_qwen2_5_vl
 
 import hub_videonsa
+from checkpoints import damage_tensors, edit_json, load_all, snapshot, write_sharded
 from convert_weights import convert
 from hub_videonsa import CARD_MARK
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import snapshot
 from fake_hub import FakeHub
 from huggingface_hub.errors import HfHubHTTPError
 from scenarios import scenario
 from tiny_checkpoint import save_tiny_qwen2_5_vl
 from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from checkpoints import snapshot
 from convert_weights import convert
 from hub_videonsa import CARD_MARK
 

@@ -3,8 +3,9 @@
 import sys
 
 import pytest
-from checkpoints import run_python
 from tiny_checkpoint import save_tiny_qwen2_5_vl
+
+from checkpoints import run_python
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import damage_tensors, edit_json, first_shard, load_all, rewrite_header, snapshot
 from filelock import FileLock
 
 import convert_weights
+from checkpoints import damage_tensors, edit_json, first_shard, load_all, rewrite_header, snapshot
 from convert_weights import convert
 
 NORM = "model.language_model.norm.weight"

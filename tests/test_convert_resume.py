@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import damage_tensors, run_python, snapshot
 from safetensors.torch import load_file, save_file
 
 import convert_weights
+from checkpoints import damage_tensors, run_python, snapshot
 from conversion import staging, writing
 from convert_weights import convert
 

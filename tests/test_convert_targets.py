@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import damage_tensors, edit_json, load_all, new_name, raw, save_published_videonsa, snapshot
 from hub_client import align
 from transformers import (
     AutoConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 import convert_weights
+from checkpoints import damage_tensors, edit_json, load_all, new_name, raw, save_published_videonsa, snapshot
 from conversion import writing
 from convert_weights import convert
 from modeling_videonsa import VideoNSAForConditionalGeneration

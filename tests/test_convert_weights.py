@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_client import align
+from published_sizes import PUBLISHED, published_config
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import convert_weights
 from checkpoints import (
     load_all,
     new_name,
@@ -16,12 +22,6 @@ from checkpoints import (
     write_hollow_shards,
     write_sharded,
 )
-from hub_client import align
-from published_sizes import PUBLISHED, published_config
-from safetensors.torch import load_file, save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-import convert_weights
 from conversion import safetensors_io
 from conversion.plan import Options
 from conversion.safetensors_io import PlannedTensor, parse_size, read_headers, write_tensors

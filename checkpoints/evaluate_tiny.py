@@ -1,0 +1,191 @@
+"""What the tiny checkpoint can do, and what each part of its attention is good for.
+
+    python checkpoints/evaluate_tiny.py checkpoints/tiny --output checkpoints/results/ablations.json
+
+Every video is drawn afresh, encoded with h264, read by the processor and asked one question. An answer is right where
+the most likely next token is the right word. Rows of the table: the checkpoint as it is; without one branch, or all
+(their gates set to zero); with dense attention instead; with half and double `block_counts` and `window_size`; and on
+videos longer than in training (32 seconds at most).
+
+    python checkpoints/evaluate_tiny.py DENSE SPARSE --compare --output checkpoints/results/dense_and_sparse.json
+
+compares two trainings instead, as the paper does: a model trained and run densely, one trained and run sparsely, and
+the sparse one's weights run densely.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
+from processing_videonsa import VideoNSAProcessor  # noqa: E402
+from synthetic.drawing import write_scene  # noqa: E402
+from synthetic.scenes import KINDS, make_scene  # noqa: E402
+
+BRANCHES = ("compression", "selection", "window")
+SECONDS = 32  # the longest videos of the training
+BATCH = 20
+
+
+class HeldOut:
+    """Freshly drawn videos with one question each, as the processor hands them to a model.
+
+    Args:
+        processor: of the checkpoint.
+        seed: of videos and questions; the training has drawn from another one.
+        seconds: length of the videos.
+        num_samples: per kind of question.
+        folder: for the files.
+    """
+
+    def __init__(self, processor, seed: int, seconds: int, num_samples: int, folder: Path):
+        self.processor = processor
+        self.samples: dict[str, list[tuple[list[dict], int]]] = {}
+        rng = np.random.default_rng([seed, seconds])
+        for kind in KINDS:
+            for number in range(num_samples):
+                scene = make_scene(rng, seconds, kind)
+                questions = scene.questions(kind)
+                question = questions[rng.integers(len(questions))]
+                path = write_scene(folder / f"{kind}-{seconds}-{number}.mp4", scene, rng)
+                content = [{"type": "video", "video": str(path)}, {"type": "text", "text": question.text}]
+                (answer,) = processor.tokenizer(question.answer)["input_ids"]
+                self.samples.setdefault(kind, []).append(([{"role": "user", "content": content}], answer))
+
+    @torch.inference_mode()
+    def accuracy(self, model) -> dict[str, float]:
+        """Share of right answers for each kind, and their mean."""
+        shares = {}
+        for kind, samples in self.samples.items():
+            right = 0
+            for start in range(0, len(samples), BATCH):
+                messages, answers = zip(*samples[start : start + BATCH], strict=True)
+                inputs = self.processor.apply_chat_template(
+                    list(messages),
+                    tokenize=True,
+                    add_generation_prompt=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    padding=True,
+                )
+                logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+                right += int((logits.argmax(-1) == torch.tensor(answers)).sum())
+            shares[kind] = right / len(samples)
+        return shares | {"mean": float(np.mean(list(shares.values())))}
+
+
+@contextmanager
+def without(model, branches: tuple[str, ...]) -> Iterator[None]:
+    """Inside, the gates of these branches are zero."""
+
+    def shut(module, inputs, logits):
+        logits = logits.unflatten(-1, (-1, 3)).clone()
+        logits[..., [BRANCHES.index(branch) for branch in branches]] = -torch.inf
+        return logits.flatten(-2)
+
+    with ExitStack() as stack:
+        for layer in model.model.language_model.layers:
+            stack.callback(layer.self_attn.g_proj_2.register_forward_hook(shut).remove)
+        yield
+
+
+@contextmanager
+def settings(model, **values) -> Iterator[None]:
+    """Inside, the model's configuration has these values."""
+    before = {name: getattr(model.config, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(model.config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+
+
+def load(folder: Path) -> VideoNSAForConditionalGeneration:
+    return VideoNSAForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def ablations(folder: Path, seed: int, num_samples: int, scratch: Path) -> dict[str, dict[str, float]]:
+    """The rows of the table, by name."""
+    model, processor = load(folder), VideoNSAProcessor.from_pretrained(folder, trust_remote_code=True)
+    held_out = HeldOut(processor, seed, SECONDS, num_samples, scratch)
+    counts, window = model.config.block_counts, model.config.window_size
+    rows = {"as trained": settings(model)}
+    rows |= {f"without {branch}": without(model, (branch,)) for branch in BRANCHES}
+    rows |= {"without all three": without(model, BRANCHES), "dense": settings(model, nsa_mode="dense")}
+    for factor in (0.5, 2):
+        rows[f"block_counts {int(counts * factor)}"] = settings(model, block_counts=int(counts * factor))
+    for factor in (0.5, 2):
+        rows[f"window_size {int(window * factor)}"] = settings(model, window_size=int(window * factor))
+    results = {}
+    for name, context in tqdm(rows.items(), desc="Ablations"):
+        with context:
+            results[name] = held_out.accuracy(model)
+    for factor in tqdm((2, 4, 8), desc="Longer videos"):
+        longer = HeldOut(processor, seed, factor * SECONDS, num_samples, scratch)
+        results[f"{factor}x longer videos"] = longer.accuracy(model)
+    return results
+
+
+def comparison(dense: Path, sparse: Path, seed: int, num_samples: int, scratch: Path) -> dict[str, dict[str, float]]:
+    """Trained densely, trained sparsely, and the latter's weights run densely."""
+    processor = VideoNSAProcessor.from_pretrained(sparse, trust_remote_code=True)
+    held_out = HeldOut(processor, seed, SECONDS, num_samples, scratch)
+    results = {}
+    for name, folder, mode in (
+        ("trained dense, run dense", dense, "dense"),
+        ("trained sparse, run sparse", sparse, "sparse"),
+        ("trained sparse, run dense", sparse, "dense"),
+    ):
+        model = load(folder)
+        with settings(model, nsa_mode=mode):
+            results[name] = held_out.accuracy(model)
+    return results
+
+
+def to_table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown."""
+    columns = list(next(iter(results.values())))
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for name, shares in results.items():
+        lines.append(f"| {name} | " + " | ".join(f"{shares[column]:.0%}" for column in columns) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Measure the tiny checkpoint on drawn videos.")
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--compare", action="store_true", help="the two checkpoints: trained dense, trained sparse")
+    parser.add_argument("--samples", type=int, default=100, help="videos for each kind of question (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of the videos (%(default)s)")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    if len(arguments.checkpoints) != 1 + arguments.compare:
+        parser.error(f"expected {1 + arguments.compare} checkpoints, got {len(arguments.checkpoints)}")
+    if arguments.samples < 1:
+        parser.error(f"--samples must be positive, got {arguments.samples}")
+    measure = comparison if arguments.compare else ablations
+    with tempfile.TemporaryDirectory() as scratch:
+        results = measure(*arguments.checkpoints, arguments.seed, arguments.samples, Path(scratch))
+    print(to_table(results))
+    if arguments.output:
+        record = {"seed": arguments.seed, "samples_per_kind": arguments.samples, "accuracy": results}
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
