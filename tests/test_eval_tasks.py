@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from eval_testing import TASKS, answers, draw, evaluate, make_model, read_logged, save_checkpoint
 from lmms_eval.api.task import ConfigurableMessagesTask
@@ -397,6 +399,11 @@ def test_no_results(tmp_path):
         report.read_runs([tmp_path])
 
 
+def pictures(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24").astype(int) for frame in container.decode(video=0)])
+
+
 def test_drawn_benchmark(drawn):
     """The seed decides it, and more lengths leave the videos that were there as they were."""
     data = drawn / "eval" / "data"
@@ -411,7 +418,9 @@ def test_drawn_benchmark(drawn):
     more = {line["id"]: line for line in map(json.loads, (drawn / "more" / "all.jsonl").read_text().splitlines())}
     assert all(more[line["id"]] == line for line in lines)
     for video in (data / "videos").iterdir():
-        assert (drawn / "more" / "videos" / video.name).read_bytes() == video.read_bytes()
+        # Pictures, not bytes: now and then x264 encodes equal pictures a little differently.
+        first, second = (pictures(path) for path in (video, drawn / "more" / "videos" / video.name))
+        assert np.abs(first - second).mean() < 1
 
 
 @pytest.mark.parametrize(
