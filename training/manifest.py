@@ -218,7 +218,8 @@ def _build(sources, folder: Path, processor, options: DataOptions, key: str, num
                 f"{report}; see {folder / 'report.json'}"
             )
         if not report.kept:
-            raise ValueError(f"no record is left to train on. {report}; see {folder / 'report.json'}")
+            hint = f" (eval_share={options.eval_share} holds out one video at least)" if options.eval_share else ""
+            raise ValueError(f"no record is left to train on{hint}. {report}; see {folder / 'report.json'}")
         for writer in writers:
             writer.finish()
     _write_report(folder, report)
