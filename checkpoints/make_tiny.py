@@ -22,9 +22,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tiny_checkpoint import SPECIAL_TOKENS  # noqa: E402
+from tiny_checkpoint import as_qwen2_tokenizer  # noqa: E402
 from tiny_training import SIZE, train_to_answer, train_vision_tower  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # noqa: E402
 
 from configuration_videonsa import VideoNSAConfig  # noqa: E402
@@ -71,20 +71,11 @@ def build_tokenizer() -> Qwen2TokenizerFast:
     texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", *COLOURS, *DIGITS, *DIRECTIONS] * 50
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
         texts, trainers.BpeTrainer(vocab_size=512, initial_alphabet=alphabet, show_progress=False)
     )
-    backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return Qwen2TokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=None,
-        model_max_length=131072,
-        padding_side="left",
-    )
+    return as_qwen2_tokenizer(backend)
 
 
 def build_model(tokenizer: Qwen2TokenizerFast, settings: Settings) -> VideoNSAForConditionalGeneration:

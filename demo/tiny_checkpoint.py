@@ -43,6 +43,11 @@ def tiny_tokenizer() -> Qwen2TokenizerFast:
     vocab = {symbol: index for index, symbol in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return as_qwen2_tokenizer(backend)
+
+
+def as_qwen2_tokenizer(backend: Tokenizer) -> Qwen2TokenizerFast:
+    """A byte-level BPE with Qwen2.5-VL's special tokens after its own."""
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     return Qwen2TokenizerFast(

@@ -124,6 +124,23 @@ class Prompts:
         return result
 
 
+def assert_checkpointing_changes_no_gradient(build, prompts, video) -> None:
+    """With the model that `build()` returns, every gradient is there, the gates' are not zero, and none changes."""
+    inputs = prompts.batch([prompts.one([3, video, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])
+    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
+    gradients = []
+    for checkpointing in (False, True):
+        model = build().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None, name
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
+    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0] if "g_proj" in name)
+
+
 @pytest.fixture(scope="session")
 def prompts() -> Prompts:
     return Prompts(build_config())

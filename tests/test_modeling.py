@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, Prompts, build_config, build_model
+from conftest import ROOT, Prompts, assert_checkpointing_changes_no_gradient, build_config, build_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -313,19 +313,7 @@ def test_autocast_with_text_in_the_cache_first(prompts):
 
 
 def test_gradient_checkpointing_changes_no_gradient(prompts):
-    inputs = prompts.batch([prompts.one([3, VIDEO, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])
-    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
-    gradients = []
-    for checkpointing in (False, True):
-        model = build_model().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(**inputs, labels=labels).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None, name
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
-    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0] if "g_proj" in name)
+    assert_checkpointing_changes_no_gradient(build_model, prompts, VIDEO)
 
 
 def test_gradients_equal_the_oracles(prompts, monkeypatch):

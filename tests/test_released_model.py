@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Prompts, build_config, build_released
+from conftest import Prompts, assert_checkpointing_changes_no_gradient, build_config, build_released
 from nsa_cases import CountSynchronisations
 from released_oracle import oracle
 from test_modeling import qwen_twin
@@ -320,19 +320,7 @@ def test_a_mask_as_long_as_a_static_cache(model, prompts):
 
 
 def test_gradient_checkpointing_changes_no_gradient(prompts):
-    inputs = prompts.batch([prompts.one([3, VIDEO, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])
-    labels = inputs["input_ids"].masked_fill(inputs["mm_token_type_ids"] != 0, -100)
-    gradients = []
-    for checkpointing in (False, True):
-        model = build_released().train()
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        model(**inputs, labels=labels).loss.backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert gradient is not None, name
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-12, rtol=1e-9)
-    assert all(gradients[0][name].abs().max() > 0 for name in gradients[0] if "g_proj" in name)
+    assert_checkpointing_changes_no_gradient(build_released, prompts, VIDEO)
 
 
 def test_half_precision_errs_no_more_than_dense(prompts):
