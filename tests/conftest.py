@@ -124,6 +124,20 @@ class Prompts:
         return result
 
 
+def assert_padding_between_tokens_changes_nothing(model, prompts, video) -> None:
+    """Holes in the mask, as a batched second turn leaves them, are no tokens."""
+    single = prompts.one([5, video, 7])
+    keep = torch.ones(single["input_ids"].shape[1] + 4, dtype=torch.bool)
+    keep[[0, 3, 20, 49]] = False
+    padded = dict(single)
+    for key, fill in (("input_ids", 256), ("mm_token_type_ids", 0), ("attention_mask", 0)):
+        padded[key] = torch.full((1, len(keep)), fill)
+        padded[key][:, keep] = single[key]
+    with torch.no_grad():
+        # The vision tower's features are scattered by token id, so the holes may be anywhere.
+        torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+
+
 def assert_checkpointing_changes_no_gradient(build, prompts, video) -> None:
     """With the model that `build()` returns, every gradient is there, the gates' are not zero, and none changes."""
     inputs = prompts.batch([prompts.one([3, video, 4]), prompts.one([2, ("image", 4, 4), 8], seed=1)])

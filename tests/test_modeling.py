@@ -4,7 +4,14 @@ import copy
 
 import pytest
 import torch
-from conftest import ROOT, Prompts, assert_checkpointing_changes_no_gradient, build_config, build_model
+from conftest import (
+    ROOT,
+    Prompts,
+    assert_checkpointing_changes_no_gradient,
+    assert_padding_between_tokens_changes_nothing,
+    build_config,
+    build_model,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -100,17 +107,7 @@ def test_batch_equals_singles(model, prompts, side):
 
 
 def test_padding_between_tokens(model, prompts):
-    """Holes in the mask, as a batched second turn leaves them, are no tokens."""
-    single = prompts.one([5, VIDEO, 7])
-    keep = torch.ones(single["input_ids"].shape[1] + 4, dtype=torch.bool)
-    keep[[0, 3, 20, 49]] = False
-    padded = dict(single)
-    for key, fill in (("input_ids", 256), ("mm_token_type_ids", 0), ("attention_mask", 0)):
-        padded[key] = torch.full((1, len(keep)), fill)
-        padded[key][:, keep] = single[key]
-    with torch.no_grad():
-        # The vision tower's features are scattered by token id, so the holes may be anywhere.
-        torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+    assert_padding_between_tokens_changes_nothing(model, prompts, VIDEO)
 
 
 def test_vision_tokens_that_are_masked_take_part_in_nothing(model, prompts):

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from conftest import Prompts, assert_checkpointing_changes_no_gradient, build_config, build_released
+from conftest import (
+    Prompts,
+    assert_checkpointing_changes_no_gradient,
+    assert_padding_between_tokens_changes_nothing,
+    build_config,
+    build_released,
+)
 from nsa_cases import CountSynchronisations
 from released_oracle import oracle
 from test_modeling import qwen_twin
@@ -74,15 +80,7 @@ def test_batch_equals_singles(model, prompts, side):
 
 
 def test_padding_between_tokens(model, prompts):
-    single = prompts.one([5, VIDEO, 7])
-    keep = torch.ones(single["input_ids"].shape[1] + 4, dtype=torch.bool)
-    keep[[0, 3, 20, 49]] = False
-    padded = dict(single)
-    for key, fill in (("input_ids", 256), ("mm_token_type_ids", 0), ("attention_mask", 0)):
-        padded[key] = torch.full((1, len(keep)), fill)
-        padded[key][:, keep] = single[key]
-    with torch.no_grad():
-        torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+    assert_padding_between_tokens_changes_nothing(model, prompts, VIDEO)
 
 
 def routing_of(model, inputs, monkeypatch):
