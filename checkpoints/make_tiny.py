@@ -18,11 +18,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from tiny_checkpoint import as_qwen2_tokenizer  # noqa: E402
+from tiny_random import as_qwen2_tokenizer  # noqa: E402
 from tiny_training import SIZE, train_to_answer, train_vision_tower  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # noqa: E402
@@ -30,7 +30,7 @@ from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen2VLImageProce
 from configuration_videonsa import VideoNSAConfig  # noqa: E402
 from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
-from synthetic.scenes import COLOURS, DIGITS, DIRECTIONS, make_scene  # noqa: E402
+from synthetic.scenes import COLOURS, DIGITS, DIRECTIONS, MAJORITY_SHAPES, make_scene  # noqa: E402
 
 
 @dataclass
@@ -44,31 +44,41 @@ class Settings:
         vision_steps: of the first stage, which trains the vision tower on single cards.
         note_steps: of the second stage, which teaches video tokens what to take note of.
         answer_steps: of the third stage, in which the whole model but the vision tower learns to answer.
-        cards: per step of the first stage; of the later stages, video seconds per step.
-        questions: per video.
+        cards: per step of the first stage.
+        conversations: per step of the later stages, each about one video.
+        questions: per conversation.
         learning_rate: of all stages.
         block_size, block_counts, window_size: of the attention. A second of video is four tokens.
     """
 
     seed: int = 0
-    threads: int = 2
+    threads: int = 1
     nsa_mode: str = "sparse"
     vision_steps: int = 1000
-    note_steps: int = 150
-    answer_steps: int = 2600
+    note_steps: int = 400
+    answer_steps: int = 5000
     cards: int = 128
+    conversations: int = 10
     questions: int = 8
     learning_rate: float = 2e-3
-    block_size: int = 16
-    block_counts: int = 4
-    window_size: int = 16
+    block_size: int = 8
+    block_counts: int = 2
+    window_size: int = 8
 
 
 def build_tokenizer() -> Qwen2TokenizerFast:
     """Byte-level BPE of 400 tokens or so, in which every answer is one token."""
     rng = np.random.default_rng(0)
     texts = [question.text for _ in range(300) for question in make_scene(rng, 32).questions()]
-    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n", *COLOURS, *DIGITS, *DIRECTIONS] * 50
+    texts += [
+        "system\nYou are a helpful assistant.",
+        "user\n",
+        "assistant\n",
+        *COLOURS,
+        *DIGITS,
+        *DIRECTIONS,
+        *MAJORITY_SHAPES,
+    ] * 50
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -2,11 +2,11 @@
 
 1. The vision tower alone learns to tell single cards apart, and stays as it is from then on.
 2. The first half of the decoder learns to take notes: linear heads on the states of video tokens ask for what they
-   should know of the video so far (the last flash, which star this is, whether a digit comes again, which flash a
-   digit answers), and a head on the token before each answer for what is asked. The answers alone would teach this
-   too, but need many times as long to find it.
-3. Everything after the vision tower learns to answer. The heads keep a tenth of their weight, and are thrown away at
-   the end. Videos grow when the answers are right, and their speed varies late, so that longer ones can be read.
+   should know of the video so far (the card before, the last flash, how many stars, whether a digit comes again, which
+   flash a digit answers, which shape is the more frequent), and a head on the token before each answer for what is
+   asked. The answers alone would teach this too, but need many times as long to find it.
+3. Everything after the vision tower learns to answer. The heads keep a fifth of their weight, and are thrown away at
+   the end. Videos grow while the answers are right, and their speed varies late, so that longer ones can be read.
 
 All questions of a video are one conversation, as in a chat; only answers count in the loss. The cards' features come
 from a bank, since the tower is frozen, and the attention from `masked_attention.py`, since the batches are regular:
@@ -33,10 +33,14 @@ from synthetic.scenes import (
     DIRECTIONS,
     FILLER_SHAPES,
     KINDS,
+    LONG_KINDS,
+    MAJORITY_SHAPES,
+    MIN_CARDS,
     ORDINALS,
     Card,
     Question,
     Scene,
+    clear_majority,
     make_scene,
 )
 
@@ -52,11 +56,16 @@ QUESTIONS = (
     "Which way does the ball move?",
     "How many stars are there?",
     "Which digit is shown twice?",
+    "What colour is the shape right before the ball?",
+    "Are there more circles or squares before the ball?",
     *(f"Which flash comes first, {a} or {b}?" for a in COLOURS for b in COLOURS if a != b),
     *(f"What colour is the {name} star?" for name in ORDINALS),
     *(f"Which digit comes after the {colour} flash?" for colour in COLOURS),
 )
-MIN_CARDS, MAX_CARDS = 8, 32
+MAX_CARDS = 32
+NOTE_WEIGHT = 0.2  # beside the answers
+# Most scenes allow every other kind of question.
+RARE_KINDS = ("later", "before", "majority")
 IGNORED = -100  # a target that does not count
 # Means and standard deviations of Qwen2.5-VL's pixels.
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -95,11 +104,12 @@ def train_to_answer(model, tokenizer, rng: np.random.Generator, settings) -> Non
         for step in bar:
             if step % 500 == 0:
                 bank = FeatureBank(model.model.visual, rng)
-            is_late = step > 0.6 * total
-            num_cards = longest if rng.random() < 0.5 else int(rng.integers(MIN_CARDS, longest + 1))
+            takes_notes, is_late = step < settings.note_steps, step > 0.6 * total
+            limit = MAX_CARDS if takes_notes else longest
+            num_cards = limit if rng.random() < 0.5 else int(rng.integers(MIN_CARDS, limit + 1))
             # Half of the late videos have other positions between seconds than the 2 that they are read with.
             interval = int(rng.integers(1, 17)) if is_late and rng.random() < 0.5 else 2
-            batch = conversations.batch(num_cards, max(4, settings.cards // num_cards), interval)
+            batch = conversations.batch(num_cards, settings.conversations, interval)
 
             embeddings = language.embed_tokens(batch.input_ids)
             parts = embeddings[:, : batch.start], bank(batch.scenes), embeddings[:, batch.stop :]
@@ -113,12 +123,12 @@ def train_to_answer(model, tokenizer, rng: np.random.Generator, settings) -> Non
             logits = model.lm_head(output.last_hidden_state[:, :-1])
             answer_loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
             note_loss = notes(states.pop(), batch)
-            optimizer.step(note_loss if step < settings.note_steps else answer_loss + 0.1 * note_loss)
+            optimizer.step(note_loss if takes_notes else answer_loss + NOTE_WEIGHT * note_loss)
 
             score.count(logits, batch)
             if step % 50 == 49:
                 shares = score.shares()
-                if longest < MAX_CARDS and shares and np.mean(list(shares.values())) > 0.9:
+                if not takes_notes and longest < MAX_CARDS and np.mean(list(shares.values())) > 0.9:
                     longest += 4
                 text = " ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
                 tqdm.write(f"step {step + 1}: answers {answer_loss:.3f} notes {note_loss:.3f} cards {longest} | {text}")
@@ -263,8 +273,8 @@ class Conversations:
         return Batch(input_ids, labels, position_ids, start, stop, scenes, asked)
 
     def _scene_and_questions(self, num_cards: int) -> tuple[Scene, list[Question]]:
-        kinds = [kind for kind in KINDS if kind != "later" or num_cards >= 2 * MIN_CARDS]
-        scene = make_scene(self.rng, num_cards, str(self.rng.choice(kinds)))
+        kinds = [kind for kind in KINDS if kind not in LONG_KINDS or num_cards >= 2 * MIN_CARDS]
+        scene = make_scene(self.rng, num_cards, str(self.rng.choice([kind for kind in RARE_KINDS if kind in kinds])))
         choices = [questions for kind in kinds if (questions := scene.questions(kind))]
         picked = [choices[index] for index in self.rng.integers(len(choices), size=self.num_questions)]
         return scene, [questions[self.rng.integers(len(questions))] for questions in picked]
@@ -280,8 +290,8 @@ class Notes(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        sizes = {"card": len(CARDS), "flash": 1 + len(COLOURS), "stars": len(ORDINALS), "again": 2}
-        sizes["reply"] = 1 + len(COLOURS)
+        sizes = {"card": len(CARDS), "before": len(CARDS), "flash": 1 + len(COLOURS), "reply": 1 + len(COLOURS)}
+        sizes |= {"stars": 1 + len(ORDINALS), "again": 2, "majority": len(MAJORITY_SHAPES)}
         self.video = nn.ModuleDict({name: nn.Linear(hidden_size, size) for name, size in sizes.items()})
         self.text = nn.Linear(hidden_size, len(QUESTIONS))
 
@@ -296,7 +306,8 @@ class Notes(nn.Module):
         for name, head in self.video.items():
             target = torch.tensor([[notes[name] for notes in row] for row in targets])
             target = target.repeat_interleave(TOKENS_PER_CARD, dim=1)
-            loss = loss + F.cross_entropy(head(video).flatten(0, 1), target.flatten(), ignore_index=IGNORED)
+            total = F.cross_entropy(head(video).flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = loss + total / (target != IGNORED).sum().clamp(min=1)  # short videos have no majority to know
         return loss
 
 
@@ -305,19 +316,23 @@ def _prefixes(scene: Scene) -> list[tuple[Card, ...]]:
 
 
 def _notes_of(cards: tuple[Card, ...]) -> dict[str, int]:
-    """What the tokens of the last card should know: the card itself, the latest flash, how many stars have been there
-    before a star, whether a digit has been there before, and the flash whose first digit it is."""
+    """What the tokens of the last card should know: the card itself and the one before, the latest flash, the flash
+    whose first digit this is, how many stars there have been, whether this digit has been there before, and which of
+    two shapes has been there more often."""
     card, past = cards[-1], cards[:-1]
     is_digit = card.what == "digit"
     flashes = [second for second, earlier in enumerate(cards) if earlier.what == "flash"]
     flash = 1 + COLOURS.index(cards[flashes[-1]].value) if flashes else 0
     is_reply = is_digit and flashes and all(earlier.what != "digit" for earlier in past[flashes[-1] :])
+    majority = clear_majority(past)
     return {
         "card": CARDS.index(card),
+        "before": CARDS.index(past[-1]) if past else IGNORED,
         "flash": flash,
-        "stars": sum(earlier.what == "star" for earlier in past) if card.what == "star" else IGNORED,
-        "again": int(card in past) if is_digit else IGNORED,
         "reply": flash if is_reply else 0,
+        "stars": sum(earlier.what == "star" for earlier in past),
+        "again": int(card in past) if is_digit else IGNORED,
+        "majority": MAJORITY_SHAPES.index(majority) if majority else IGNORED,
     }
 
 

@@ -1,37 +1,36 @@
 """Ask a VideoNSA model about a video, on a CPU if need be.
 
     python demo/run_demo.py
-    python demo/run_demo.py --video my.mp4 --question "What happens at the end?" --model path/or/hub-id
+    python demo/run_demo.py --model path/or/hub-id --video my.mp4 --question "What happens at the end?"
 
-Without `--model`, a tiny Qwen2.5-VL-shaped checkpoint with random weights is made and converted first, so that the
-whole way is walked: checkpoint, `convert_weights.py`, AutoModel and AutoProcessor with `trust_remote_code=True`, video
-file, streamed answer. Its answers are noise.
+Without a video, the model is asked one question of each kind about `demo/scene.mp4` and about a video drawn on the spot
+(`synthetic/scenes.py` says what they show), and its answers are printed beside the right ones. Without `--model`, it is
+the small checkpoint that comes with this repository, which knows drawn videos only.
 """
 
 import argparse
-import subprocess
-import sys
+import json
+import secrets
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from draw_scene import ROOT, draw
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, TextStreamer
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from nsa_kernels.attention_budget import attention_budget
 
-from nsa_kernels.attention_budget import attention_budget  # noqa: E402
-
-OUTPUT = ROOT / "demo" / "output"
 BRANCHES = ("compression", "selection", "sliding window")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a VideoNSA model about a video.")
-    parser.add_argument("--model", help="checkpoint folder or Hub id; default: a tiny random one, made here")
-    parser.add_argument("--video", default=ROOT / "demo" / "shapes.mp4", type=Path, help="a video file")
-    parser.add_argument("--question", default="What happens in this video?")
+    parser.add_argument("--model", default=ROOT / "checkpoints" / "tiny", help="checkpoint folder or Hub id")
+    parser.add_argument("--video", type=Path, help="a video file; default: drawn videos, with a question of each kind")
+    parser.add_argument("--question", help="about --video")
+    parser.add_argument("--seed", type=int, help="of the video drawn on the spot; default: another one every time")
     parser.add_argument("--fps", type=float, help="frames per second to sample; default: the processor's")
     parser.add_argument("--block-counts", type=int, help="blocks that each token selects; default: the checkpoint's")
     parser.add_argument("--window-size", type=int, help="tokens of the sliding window; default: the checkpoint's")
@@ -39,28 +38,46 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     arguments = parser.parse_args()
-    if arguments.model is None:
-        # The paper's 32 blocks of 64 tokens would cover all of the demo's short video.
-        arguments.block_counts = 4 if arguments.block_counts is None else arguments.block_counts
-        arguments.window_size = 64 if arguments.window_size is None else arguments.window_size
-    if not arguments.video.is_file():
+    if (arguments.video is None) != (arguments.question is None):
+        parser.error("--video and --question go together")
+    if arguments.video is not None and not arguments.video.is_file():
         parser.error(f"--video: no such file: {arguments.video}")
+    if arguments.seed is not None and (arguments.video is not None or arguments.seed < 0):
+        parser.error(f"--seed must not be negative, and goes without --video, got {arguments.seed}")
     if arguments.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
     return arguments
 
 
-def make_tiny_checkpoint() -> Path:
-    """Random Qwen2.5-VL-shaped weights, converted by the command that users run."""
-    source, target = OUTPUT / "qwen2_5_vl_tiny", OUTPUT / "videonsa_tiny"
-    print("Making a tiny Qwen2.5-VL-shaped checkpoint with RANDOM weights: expect noise for an answer.\n")
-    run = [sys.executable, str(ROOT / "demo" / "tiny_checkpoint.py"), str(source)]
-    subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-    run = [sys.executable, str(ROOT / "convert_weights.py"), str(source), str(target), "--overwrite"]
-    print("$", " ".join(["python", *(str(Path(part).relative_to(ROOT)) for part in run[1:4]), *run[4:]]))
-    subprocess.run(run, check=True)
-    print()
-    return target
+class Reader:
+    """A model with its processor."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        name = arguments.model
+        self.processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
+        settings = {"block_counts": arguments.block_counts, "window_size": arguments.window_size}
+        settings = {key: value for key, value in settings.items() if value is not None}
+        self.model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=arguments.dtype, **settings)
+        self.model.to(arguments.device).eval()
+        self.sampling = {} if arguments.fps is None else {"fps": arguments.fps}
+        self.max_new_tokens = arguments.max_new_tokens
+
+    def read(self, video: Path, question: str):
+        """What the model takes."""
+        content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            **self.sampling,
+        ).to(self.model.device)
+
+    def generate(self, inputs, **options) -> str:
+        with torch.inference_mode():
+            output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **options)
+        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class PrefillMonitor:
@@ -102,64 +119,82 @@ class CountingStreamer(TextStreamer):
         self.num_tokens += 1
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    name = arguments.model or make_tiny_checkpoint()
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-    settings = {"block_counts": arguments.block_counts, "window_size": arguments.window_size}
-    settings = {key: value for key, value in settings.items() if value is not None}
-    model = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=arguments.dtype, **settings)
-    model.to(arguments.device).eval()
-
-    content = [{"type": "video", "video": str(arguments.video)}, {"type": "text", "text": arguments.question}]
-    options = {} if arguments.fps is None else {"fps": arguments.fps}
+def ask(reader: Reader, video: Path, question: str) -> None:
+    """One question: the answer as it comes, and what it cost."""
     start = time.perf_counter()
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        **options,
-    ).to(arguments.device)
+    inputs = reader.read(video, question)
     load_seconds = time.perf_counter() - start
-
     frames, height, width = inputs["video_grid_thw"][0].tolist()
-    print(
-        f"Video     {arguments.video.name}: {2 * frames} frames of {14 * width}x{14 * height} in {load_seconds:.1f} s"
-    )
-    print(f"Question  {arguments.question}")
-    monitor = PrefillMonitor(model)
-    streamer = CountingStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False, streamer=streamer)
+    print(f"Video     {video.name}: {2 * frames} frames of {14 * width}x{14 * height} in {load_seconds:.1f} s")
+    print(f"Question  {question}")
+    monitor = PrefillMonitor(reader.model)
+    streamer = CountingStreamer(reader.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    reader.generate(inputs, streamer=streamer)
     decode_seconds = time.perf_counter() - monitor.end
 
-    types = inputs["mm_token_type_ids"][0]
-    settings = {key: getattr(model.config, key) for key in ("block_size", "block_counts", "window_size")}
-    budget = attention_budget(types, **settings)
-    num_vision = int((types != 0).sum())
+    num_vision, num_text = count_tokens(inputs)
     read_seconds, rate = monitor.end - monitor.start, (streamer.num_tokens - 1) / decode_seconds  # the first is read
-    print(f"\nTokens    {num_vision} video + {len(types) - num_vision} text, {streamer.num_tokens} generated")
+    print(f"\nTokens    {num_vision} video + {num_text} text, {streamer.num_tokens} generated")
     print(f"Seconds   {read_seconds:.1f} to read the prompt, then {rate:.1f} tokens a second")
     if monitor.gates:
         gates = torch.stack(monitor.gates).mean(0)
         shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(BRANCHES, gates / gates.sum(), strict=True))
         print(f"Gates     {shares}")
-    if model.config.nsa_variant == "released":
+    print_attention_budget(reader.model.config, inputs)
+
+
+def ask_all(reader: Reader, title: str, video: Path, questions: list[dict[str, str]]) -> None:
+    """Questions with known answers: a line each."""
+    print(f"\n{title}")
+    width = max(len(asked["question"]) for asked in questions)
+    right = 0
+    for asked in questions:
+        inputs = reader.read(video, asked["question"])
+        answer = reader.generate(inputs)
+        is_right = answer.strip() == asked["answer"]
+        right += is_right
+        verdict = "right" if is_right else f"wrong, it is {asked['answer']}"
+        print(f"  {asked['kind']:<10}  {asked['question']:<{width}}  {answer:<7} {verdict}", flush=True)
+    print(f"  {right} of {len(questions)} right; {' + '.join(map(str, count_tokens(inputs)))} video and text tokens")
+
+
+def count_tokens(inputs) -> tuple[int, int]:
+    """Video and text tokens of the prompt."""
+    types = inputs["mm_token_type_ids"][0]
+    return int((types != 0).sum()), int((types == 0).sum())
+
+
+def print_attention_budget(config, inputs) -> None:
+    if config.nsa_variant == "released":
         return  # the budget counts what the paper's attention computes
+    settings = {key: getattr(config, key) for key in ("block_size", "block_counts", "window_size")}
+    budget = attention_budget(inputs["mm_token_type_ids"][0], **settings)
     print(f"Attention {budget.fraction:.1%} of the dense pairs of query and key ({', '.join(pairs(budget))})")
     if budget.fraction > 1:
-        print(
-            f"          (a video of {num_vision} tokens is shorter than the {settings['block_counts']} blocks of "
-            f"{settings['block_size']} that each token selects: savings begin beyond that)"
-        )
+        selected = f"{settings['block_counts']} blocks of {settings['block_size']}"
+        print(f"          (a video of {count_tokens(inputs)[0]} tokens is shorter than the {selected} that each token")
+        print("          selects: savings begin beyond that)")
 
 
 def pairs(budget) -> list[str]:
     parts = {"compression": budget.compression, "selection": budget.selection}
     parts |= {"window": budget.window, "text": budget.text}
     return [f"{name} {count / budget.dense:.1%}" for name, count in parts.items()]
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    reader = Reader(arguments)
+    if arguments.video is not None:
+        ask(reader, arguments.video, arguments.question)
+        return
+    questions = json.loads((ROOT / "demo" / "scene.json").read_text())
+    ask_all(reader, "demo/scene.mp4", ROOT / "demo" / "scene.mp4", questions)
+    seed = secrets.randbelow(1_000_000) if arguments.seed is None else arguments.seed
+    with tempfile.TemporaryDirectory() as folder:
+        video = Path(folder) / "scene.mp4"
+        questions = draw(video, seed)
+        ask_all(reader, f"A video drawn just now (`--seed {seed}` draws it again)", video, questions)
 
 
 if __name__ == "__main__":

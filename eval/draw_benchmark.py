@@ -17,7 +17,7 @@ import numpy as np
 
 from conversion.staging import staged
 from synthetic.drawing import write_scene
-from synthetic.scenes import KINDS, MIN_CARDS, Question, Scene, make_scene
+from synthetic.scenes import KINDS, MIN_CARDS, make_scene
 
 # The folder that eval/tasks/*.yaml names.
 DATA = Path("eval/data")
@@ -33,10 +33,10 @@ def draw_benchmark(
     size: int = 56,
     fps: int = 4,
     overwrite: bool = False,
-) -> dict[str, int]:
+) -> int:
     """Write `videos/*.mp4`, for each kind of question `<kind>.jsonl`, and all of them in `all.jsonl`.
 
-    Each video is asked one question of every kind that it allows. A line has the fields id, video (relative to
+    Each video is asked one question of every kind. A line has the fields id, video (relative to
     `output`), seconds, kind, question, answer and choices. Lengths alternate, so that the first lines have them all.
 
     Args:
@@ -46,7 +46,7 @@ def draw_benchmark(
         size: of the pictures, pixels.
         fps: pictures a second in the files.
     Returns:
-        how many questions there are of each kind.
+        the number of questions, equal for all kinds.
     Raises:
         ValueError: lengths or numbers that make no benchmark, or a folder that is there and not to be replaced.
     """
@@ -62,8 +62,7 @@ def draw_benchmark(
         for number in range(videos):
             for seconds in lengths:
                 rng = np.random.default_rng([seed, seconds, number])
-                # In turn, some video has a question of each kind for sure.
-                scene = make_scene(rng, seconds, list(KINDS)[number % len(KINDS)])
+                scene = make_scene(rng, seconds, *KINDS)
                 name = f"{seconds:05d}_{number:04d}"
                 write_scene(staging.folder / "videos" / f"{name}.mp4", scene, rng, size=size, fps=fps)
                 lines += [
@@ -76,21 +75,12 @@ def draw_benchmark(
                         "answer": question.answer,
                         "choices": list(question.choices),
                     }
-                    for question in _one_of_each_kind(scene, rng)
+                    for question in scene.one_question_of_each_kind(rng)
                 ]
-        counts = {}
         for kind in KINDS:
-            chosen = [line for line in lines if line["kind"] == kind]
-            counts[kind] = len(chosen)
-            if chosen:
-                _write_lines(staging.folder / f"{kind}.jsonl", chosen)
+            _write_lines(staging.folder / f"{kind}.jsonl", [line for line in lines if line["kind"] == kind])
         _write_lines(staging.folder / "all.jsonl", lines)
-    return counts
-
-
-def _one_of_each_kind(scene: Scene, rng: np.random.Generator) -> list[Question]:
-    kinds = (scene.questions(kind) for kind in KINDS)
-    return [questions[int(rng.integers(len(questions)))] for questions in kinds if questions]
+    return len(lines)
 
 
 def _write_lines(path: Path, lines: Sequence[dict]) -> None:
@@ -108,8 +98,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true")
     arguments = vars(parser.parse_args())
     output = arguments.pop("output")
-    counts = draw_benchmark(output, **arguments)
-    print(f"{output}: {sum(counts.values())} questions: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()))
+    count = draw_benchmark(output, **arguments)
+    print(f"{output}: {count} questions, {count // len(KINDS)} of each kind: {', '.join(KINDS)}")
 
 
 if __name__ == "__main__":

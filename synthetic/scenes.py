@@ -4,14 +4,14 @@ A scene is a row of cards, each on screen for one second. Among plain filler (sh
 
 - flashes, each of its own colour, each with a digit after it: at once, or after a gap of filler;
 - loose digits, one of which makes a digit of the scene come twice; every other digit comes once;
-- one ball that moves;
+- one ball that moves, before which one shape of the filler is favoured, and after which one is again;
 - one to three stars of random colours.
 
 Everything is random but the answers follow from the cards alone, so that a scene of any length can be asked the same
 questions, and none can be answered without looking: every answer of a kind is equally likely, or nearly so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +20,16 @@ COLOURS = ("red", "green", "blue", "yellow")
 DIGITS = tuple("0123456789")
 DIRECTIONS = ("left", "right", "up", "down")
 FILLER_SHAPES = ("circle", "square", "triangle")
+MAJORITY_SHAPES = ("circle", "square")
 ORDINALS = ("first", "second", "third")
 
 MIN_CARDS = 8
 # From this gap on, a digit is "later" than its flash.
 LATER_GAP = 6
+# A scene with questions of the kinds asked for is found by drawing scenes.
+MAX_TRIES = 20_000
+# Kinds of question for which `MIN_CARDS` are too few, and twice as many are enough.
+LONG_KINDS = ("later", "majority")
 
 
 @dataclass(frozen=True)
@@ -77,26 +82,32 @@ class Scene:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
         return [question for name in KINDS if kind in (None, name) for question in KINDS[name](self)]
 
+    def one_question_of_each_kind(self, rng: np.random.Generator) -> list[Question]:
+        """Of each kind that this scene allows, any question."""
+        kinds = (self.questions(kind) for kind in KINDS)
+        return [questions[int(rng.integers(len(questions)))] for questions in kinds if questions]
 
-def make_scene(rng: np.random.Generator, num_cards: int, kind: str | None = None) -> Scene:
+
+def make_scene(rng: np.random.Generator, num_cards: int, *kinds: str) -> Scene:
     """A random scene.
 
     Args:
         rng: the only source of chance.
-        num_cards: seconds, at least `MIN_CARDS`; for kind "later" at least twice as many.
-        kind: make sure that a question of this kind can be asked.
+        num_cards: seconds, at least `MIN_CARDS`; for `LONG_KINDS` at least twice as many.
+        kinds: make sure that a question of each of these can be asked. (All of `KINDS` fit into 16 seconds.)
     Raises:
         ValueError: too few cards, or an unknown kind.
     """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"`kind` must be one of {', '.join(KINDS)}, got {kind!r}")
-    least = 2 * MIN_CARDS if kind == "later" else MIN_CARDS
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise ValueError(f"`kinds` must be of {', '.join(KINDS)}, got {unknown[0]!r}")
+    least = 2 * MIN_CARDS if any(kind in LONG_KINDS for kind in kinds) else MIN_CARDS
     if num_cards < least:
-        raise ValueError(f"`num_cards` must be at least {least} for kind {kind!r}, got {num_cards}")
-    while True:
+        raise ValueError(f"`num_cards` must be at least {least} for these kinds, got {num_cards}")
+    for _ in range(MAX_TRIES):
         scene = _random_scene(rng, num_cards)
-        if kind is None or scene.questions(kind):
+        if all(scene.questions(kind) for kind in kinds):
             return scene
+    raise ValueError(f"`num_cards`={num_cards} are too few for all of `kinds` at once: {', '.join(kinds)}")
 
 
 def _random_scene(rng: np.random.Generator, num_cards: int) -> Scene:
@@ -116,21 +127,28 @@ def _random_scene(rng: np.random.Generator, num_cards: int) -> Scene:
     for colour, digit in zip(rng.permutation(COLOURS)[:num_flashes].tolist(), flash_digits, strict=True):
         gap = int(rng.integers(slack + 1)) if rng.random() < 0.5 else 0
         slack -= gap
-        units.append([Card("flash", colour), *(_filler(rng) for _ in range(gap)), Card("digit", digit)])
-    units += [[_filler(rng)] for _ in range(slack)]
-    cards = [card for index in rng.permutation(len(units)) for card in units[index]]
+        units.append([Card("flash", colour), *[None] * gap, Card("digit", digit)])
+    units += [[None]] * slack
+    cards: list[Card | None] = [card for index in rng.permutation(len(units)) for card in units[index]]
 
     # The ball and the stars may lie in a gap too, but make none where there was none.
     hidden = [Card("ball", str(rng.choice(DIRECTIONS)))]
     hidden += [Card("star", str(rng.choice(COLOURS))) for _ in range(num_stars)]
     for card in hidden:
-        places = [place for place in range(len(cards) + 1) if place == 0 or cards[place - 1].what != "flash"]
+        places = [place for place in range(len(cards) + 1) if place == 0 or not _is_flash(cards[place - 1])]
         cards.insert(int(rng.choice(places)), card)
-    return Scene(tuple(cards))
+    ball = cards.index(hidden[0])
+    favourites = rng.choice(FILLER_SHAPES, size=2)
+    filled = [card or _filler(rng, favourites[int(second > ball)]) for second, card in enumerate(cards)]
+    return Scene(tuple(filled))
 
 
-def _filler(rng: np.random.Generator) -> Card:
-    what = str(rng.choice((*FILLER_SHAPES, "blank")))
+def _is_flash(card: Card | None) -> bool:
+    return card is not None and card.what == "flash"
+
+
+def _filler(rng: np.random.Generator, favourite: str) -> Card:
+    what = str(rng.choice((*FILLER_SHAPES, *[favourite] * 2, "blank")))
     return Card(what) if what == "blank" else Card(what, str(rng.choice(COLOURS)))
 
 
@@ -186,6 +204,37 @@ def _later(scene: Scene) -> list[Question]:
     return _digits_after_flashes(scene, "later", lambda gap: gap >= LATER_GAP)
 
 
+def _before(scene: Scene) -> list[Question]:
+    (second,) = scene.where("ball")
+    if second == 0 or scene.cards[second - 1].what not in FILLER_SHAPES:
+        return []
+    return [
+        Question("before", "What colour is the shape right before the ball?", scene.cards[second - 1].value, COLOURS)
+    ]
+
+
+def _majority(scene: Scene) -> list[Question]:
+    (second,) = scene.where("ball")
+    past, future = scene.cards[:second], scene.cards[second:]
+    # Else the shapes of the whole video would tell, and nobody need care where the ball is.
+    is_early = _count_shapes(past) <= _count_shapes(future)
+    shape = clear_majority(past) if is_early else None
+    text = "Are there more circles or squares before the ball?"
+    return [Question("majority", text, shape, MAJORITY_SHAPES)] if shape else []
+
+
+def _count_shapes(cards: Sequence[Card]) -> int:
+    return sum(card.what in MAJORITY_SHAPES for card in cards)
+
+
+def clear_majority(cards: Sequence[Card]) -> str | None:
+    """The one of `MAJORITY_SHAPES` that is there more than twice as often as the other, and by two at least."""
+    first, second = (sum(card.what == shape for card in cards) for shape in MAJORITY_SHAPES)
+    if max(first, second) < 2 * min(first, second) + 2:
+        return None
+    return MAJORITY_SHAPES[int(second > first)]
+
+
 # What each asks for:
 KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "needle": _needle,  # one moving card in a haystack of still ones
@@ -195,4 +244,6 @@ KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "repetition": _repetition,  # an event that comes back
     "after": _after,  # two events side by side, or nearly: the video itself must join them
     "later": _later,  # two events far apart: the same, over many frames
+    "before": _before,  # what is next to an event, exactly
+    "majority": _majority,  # what most of the past of an event was: the video itself must take stock
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 TESTS = Path(__file__).resolve().parent
 
@@ -91,7 +91,7 @@ def damage_tensors(folder: Path, change) -> None:
 def run_python(code: str, *arguments: object, **environment: str) -> str:
     """Run `code` in a fresh interpreter with the repository on its path; its standard output."""
     # Not this process's sys.path: a test before may have put another cache of remote code on it.
-    folders = [TESTS, TESTS.parent, TESTS.parent / "demo", *filter(None, [os.environ.get("PYTHONPATH")])]
+    folders = [TESTS, TESTS.parent, TESTS.parent / "checkpoints", *filter(None, [os.environ.get("PYTHONPATH")])]
     paths = os.pathsep.join(map(str, folders))
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],

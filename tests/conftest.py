@@ -9,9 +9,9 @@ import torch
 import triton_testing  # noqa: F401  first: it decides how Triton runs, before transformers imports it
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "demo"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "checkpoints"), str(ROOT / "benchmarks")]
 
-from tiny_checkpoint import save_tiny_qwen2_5_vl, tiny_config, tiny_tokenizer  # noqa: E402
+from tiny_random import save_tiny_qwen2_5_vl, tiny_config, tiny_tokenizer  # noqa: E402
 
 from configuration_videonsa import VideoNSAConfig  # noqa: E402
 from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402

@@ -17,7 +17,7 @@ from fake_hub import FakeHub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from scenarios import scenario as run_in_folder
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 import hub_videonsa
 from checkpoints import damage_tensors, edit_json, load_all, snapshot, write_sharded

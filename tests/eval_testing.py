@@ -8,7 +8,7 @@ from conftest import ROOT, build_model
 from lmms_eval import evaluator
 from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 from processing_videonsa import VideoNSAProcessor
 from videonsa_eval.draw_benchmark import draw_benchmark

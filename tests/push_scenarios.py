@@ -14,14 +14,14 @@ import torch
 from fake_hub import FakeHub
 from huggingface_hub.errors import HfHubHTTPError
 from scenarios import scenario
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 from transformers import AutoModel, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from checkpoints import snapshot
 from convert_weights import convert
 from hub_videonsa import CARD_MARK
 
-VIDEO = Path(__file__).resolve().parent.parent / "demo" / "shapes.mp4"
+VIDEO = Path(__file__).resolve().parent.parent / "demo" / "scene.mp4"
 UPLOAD, COMMIT = r"^/__lfs/", r"/commit/main$"
 
 hub: FakeHub = None  # set where the scenarios run

@@ -36,7 +36,7 @@ def outcomes(module: ModuleType, folder: Path) -> dict[str, str | None]:
     """Run all scenarios of a module in a fresh process: a traceback for each, None where it went well."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     # Not this process's sys.path: a test before may have put another cache of remote code on it.
-    paths = [TESTS, TESTS.parent, TESTS.parent / "demo", *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [TESTS, TESTS.parent, TESTS.parent / "checkpoints", *filter(None, [os.environ.get("PYTHONPATH")])]
     environment |= {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "OMP_NUM_THREADS": "1",

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 from checkpoints import run_python
 

@@ -13,7 +13,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 from lmms_eval.tasks import TaskManager
 from PIL import Image
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 from videonsa_eval.lmms_videonsa import VideoNSA, VideoNSASimple
 from videonsa_eval.prompts import GenerationSettings, Job, answer_in_rounds, plan_jobs, shared_part, to_messages

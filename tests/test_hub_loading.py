@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from fake_hub import FakeHub
 from hub_client import write_reference
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 from convert_weights import convert
 from modeling_videonsa import VideoNSAForConditionalGeneration

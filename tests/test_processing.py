@@ -14,12 +14,12 @@ import av
 import numpy as np
 import pytest
 import torch
-from draw_video import draw_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moving_shapes import draw_frame
 from PIL import Image
 from qwen_vl_utils import process_vision_info, vision_process
-from tiny_checkpoint import save_tiny_qwen2_5_vl, tiny_tokenizer
+from tiny_random import save_tiny_qwen2_5_vl, tiny_tokenizer
 from transformers import (
     AutoProcessor,
     Qwen2_5_VLForConditionalGeneration,
@@ -612,7 +612,7 @@ def test_memory_holds_the_planned_frames_only(tmp_path):
     path = write_video(tmp_path / "a.mp4", pictures, 30, codec="mpeg4")
     code = f"""
 import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "demo")!r}]
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "checkpoints")!r}]
 import resource
 from frames_videonsa import FileClip
 from budget_videonsa import VideoOptions, plan_videos
@@ -969,10 +969,11 @@ def root_with_tokenizer(tmp_path_factory):
     return folder
 
 
-def test_root_is_a_processor(root_with_tokenizer):
+def test_root_is_a_processor(root_with_tokenizer, tmp_path):
     processor = AutoProcessor.from_pretrained(root_with_tokenizer, trust_remote_code=True)
     assert (processor.fps, processor.max_pixels_per_frame, processor.max_total_tokens) == (2.0, 50176, 131072)
-    inputs = apply(processor, message({"type": "video", "video": ROOT / "demo" / "shapes.mp4"}))
+    path = write_video(tmp_path / "a.mp4", (draw_frame(i / 5, 4, 320, 240) for i in range(100)), 5)
+    inputs = apply(processor, message({"type": "video", "video": path}))
     assert inputs["video_grid_thw"].tolist() == [[20, 12, 18]] and inputs["second_per_grid_ts"].tolist() == [1.0]
 
 

@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 
 from synthetic.drawing import RGB, draw_scene, write_scene
-from synthetic.scenes import COLOURS, DIGITS, DIRECTIONS, KINDS, LATER_GAP, Card, Scene, make_scene
+from synthetic.scenes import (
+    COLOURS,
+    DIGITS,
+    DIRECTIONS,
+    KINDS,
+    LATER_GAP,
+    MAJORITY_SHAPES,
+    Card,
+    Scene,
+    clear_majority,
+    make_scene,
+)
 
 SCENE = Scene(
     (
@@ -18,7 +29,9 @@ SCENE = Scene(
         *[Card("circle", "green")] * LATER_GAP,
         Card("digit", "3"),
         Card("star", "yellow"),
+        Card("square", "yellow"),
         Card("ball", "up"),
+        *[Card("square", "red")] * (LATER_GAP + 1),
         Card("digit", "7"),
     )
 )
@@ -36,7 +49,37 @@ def test_answers_of_a_scene_written_by_hand():
         ("repetition", "Which digit is shown twice?"): "7",
         ("after", "Which digit comes after the red flash?"): "7",
         ("later", "Which digit comes after the green flash?"): "3",
+        ("before", "What colour is the shape right before the ball?"): "yellow",
+        ("majority", "Are there more circles or squares before the ball?"): "circle",
     }
+
+
+def test_questions_that_a_scene_does_not_allow():
+    """No shape right before the ball; most circles and squares before it, so that the whole video tells the majority;
+    no majority at all."""
+    circles, squares, ball = [Card("circle", "red")] * 3, [Card("square", "red")] * 2, Card("ball", "up")
+    for cards in (
+        [*circles, Card("star", "red"), ball],
+        [*circles, ball],
+        [*circles, *squares, ball, *circles, *squares],
+    ):
+        assert not Scene(tuple(cards)).questions("majority")
+    assert not Scene((*circles, Card("star", "red"), ball)).questions("before")
+    assert not Scene((*circles, Card("blank"), ball)).questions("before")
+    assert not Scene((ball, *circles)).questions("before")
+    assert clear_majority([*circles, *squares]) is None
+    assert clear_majority([*squares, Card("triangle", "red")]) == "square"
+
+
+def test_all_kinds_at_once():
+    scene = make_scene(np.random.default_rng(0), 32, *KINDS)
+    assert {question.kind for question in scene.questions()} == set(KINDS)
+
+
+def test_a_scene_that_does_not_exist_is_an_error(monkeypatch):
+    monkeypatch.setitem(KINDS, "never", lambda scene: [])
+    with pytest.raises(ValueError, match=r"`num_cards`=8 .* never"):
+        make_scene(np.random.default_rng(0), 8, "never")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,7 +99,8 @@ def test_answers_cannot_be_guessed():
     """No answer of a kind is much more frequent than chance: the limits are five standard deviations."""
     rng = np.random.default_rng(1)
     scenes = [make_scene(rng, 32) for _ in range(600)]
-    for kind, choices in {"needle": DIRECTIONS, "repetition": DIGITS, "ordinal": COLOURS, "later": DIGITS}.items():
+    kinds = {"needle": DIRECTIONS, "repetition": DIGITS, "ordinal": COLOURS, "later": DIGITS, "before": COLOURS}
+    for kind, choices in (kinds | {"majority": MAJORITY_SHAPES}).items():
         # One question a scene, so that they are independent.
         answers = Counter(questions[0].answer for scene in scenes if (questions := scene.questions(kind)))
         count, share = answers.total(), 1 / len(choices)
@@ -102,7 +146,7 @@ def test_a_written_scene_reads_back(tmp_path):
     [
         (lambda rng: make_scene(rng, 7), "num_cards"),
         (lambda rng: make_scene(rng, 15, "later"), "num_cards"),
-        (lambda rng: make_scene(rng, 32, "nedle"), "kind"),
+        (lambda rng: make_scene(rng, 32, "needle", "nedle"), "kinds"),
         (lambda rng: SCENE.questions("nedle"), "kind"),
         (lambda rng: draw_scene(SCENE, rng, size=57), "size"),
         (lambda rng: draw_scene(SCENE, rng, fps=0), "fps"),

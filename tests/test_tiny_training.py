@@ -2,24 +2,20 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
+import evaluate_tiny
 import numpy as np
 import pytest
+import tiny_training
 import torch
+from conftest import ROOT
+from make_tiny import Settings, build_model, build_tokenizer
+from masked_attention import use_masked_attention
+from tiny_training import CARDS, IGNORED, QUESTIONS, SIZE, Conversations, FeatureBank, to_patches
+from transformers import Qwen2VLVideoProcessor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "checkpoints"))
-
-import evaluate_tiny  # noqa: E402
-import tiny_training  # noqa: E402
-from make_tiny import Settings, build_model, build_tokenizer  # noqa: E402
-from masked_attention import use_masked_attention  # noqa: E402
-from tiny_training import CARDS, IGNORED, QUESTIONS, SIZE, Conversations, FeatureBank, to_patches  # noqa: E402
-from transformers import Qwen2VLVideoProcessor  # noqa: E402
-
-from synthetic.drawing import draw_scene  # noqa: E402
-from synthetic.scenes import Card, make_scene  # noqa: E402
+from synthetic.drawing import draw_scene
+from synthetic.scenes import MAJORITY_SHAPES, Card, make_scene
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +73,20 @@ def test_notes_of_a_scene_written_by_hand():
         Card("digit", "7"),
         Card("digit", "7"),
         Card("star", "green"),
+        *[Card("square", "red")] * 3,
+        Card("circle", "red"),
     )
     notes = [tiny_training._notes_of(cards[: second + 1]) for second in range(len(cards))]
     blue = 1 + tiny_training.COLOURS.index("blue")
-    assert [note["flash"] for note in notes] == [0, blue, blue, blue, blue]
-    assert [note["reply"] for note in notes] == [0, 0, blue, 0, 0]
-    assert [note["again"] for note in notes] == [IGNORED, IGNORED, 0, 1, IGNORED]
-    assert [note["stars"] for note in notes] == [0, IGNORED, IGNORED, IGNORED, 1]
+    squares = MAJORITY_SHAPES.index("square")
+    assert [note["flash"] for note in notes] == [0] + [blue] * 8
+    assert [note["reply"] for note in notes] == [0, 0, blue] + [0] * 6
+    assert [note["again"] for note in notes] == [IGNORED, IGNORED, 0, 1] + [IGNORED] * 5
+    assert [note["stars"] for note in notes] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert [note["majority"] for note in notes] == [IGNORED] * 7 + [squares] * 2
     assert [CARDS[note["card"]] for note in notes] == list(cards)
+    assert notes[0]["before"] == IGNORED
+    assert [CARDS[note["before"]] for note in notes[1:]] == list(cards[:-1])
 
 
 def test_every_card_and_question_has_a_number_and_every_answer_is_one_token(tokenizer):

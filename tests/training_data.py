@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny_checkpoint import save_tiny_qwen2_5_vl
+from tiny_random import save_tiny_qwen2_5_vl
 
 from convert_weights import convert
 from modeling_videonsa import VideoNSAForConditionalGeneration

@@ -1,9 +1,10 @@
 """A tiny random checkpoint in the shape of Qwen2.5-VL: config, weights, tokenizer and processor.
 
-It stands in for the published checkpoints in the demo and in the tests. The weights are random, so its answers are
-noise; everything else (files, key layout, chat format, special tokens) is as in `Qwen/Qwen2.5-VL-7B-Instruct`.
+It stands in for the published checkpoints where none can be downloaded, as in the tests. The weights are random, so its
+answers are noise; everything else (files, key layout, chat format, special tokens) is as in
+`Qwen/Qwen2.5-VL-7B-Instruct`.
 
-    python demo/tiny_checkpoint.py OUTPUT_FOLDER
+    python checkpoints/tiny_random.py OUTPUT_FOLDER
 """
 
 import argparse
