@@ -7,7 +7,7 @@ export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test check aot clean
 
-demo: .venv/installed  ## build a tiny checkpoint, convert it, and ask it about a video
+demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
 test: .venv/installed check  ## all tests that need no GPU

@@ -17,8 +17,9 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +37,11 @@ from synthetic.scenes import KINDS, make_scene  # noqa: E402
 BRANCHES = ("compression", "selection", "window")
 SECONDS = 32  # the longest videos of the training
 BATCH = 20
+
+
+# Changes a model for as long as a `with` block.
+Change = Callable[[VideoNSAForConditionalGeneration], AbstractContextManager]
+ROWS: dict[str, Change] = {"as trained": nullcontext}
 
 
 class HeldOut:
@@ -64,11 +70,10 @@ class HeldOut:
                 self.samples.setdefault(kind, []).append(([{"role": "user", "content": content}], answer))
 
     @torch.inference_mode()
-    def accuracy(self, model) -> dict[str, float]:
-        """Share of right answers for each kind, and their mean."""
-        shares = {}
+    def accuracy(self, model, rows: dict[str, Change] = ROWS) -> dict[str, dict[str, float]]:
+        """For each row, with the model changed so: the share of right answers for each kind, and their mean."""
+        right = {row: dict.fromkeys(self.samples, 0) for row in rows}
         for kind, samples in self.samples.items():
-            right = 0
             for start in range(0, len(samples), BATCH):
                 messages, answers = zip(*samples[start : start + BATCH], strict=True)
                 inputs = self.processor.apply_chat_template(
@@ -79,14 +84,19 @@ class HeldOut:
                     return_tensors="pt",
                     padding=True,
                 )
-                logits = model(**inputs, logits_to_keep=1).logits[:, -1]
-                right += int((logits.argmax(-1) == torch.tensor(answers)).sum())
-            shares[kind] = right / len(samples)
-        return shares | {"mean": float(np.mean(list(shares.values())))}
+                for row, change in rows.items():
+                    with change(model):
+                        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
+                    right[row][kind] += int((logits.argmax(-1) == torch.tensor(answers)).sum())
+        shares = {
+            row: {kind: count / len(self.samples[kind]) for kind, count in counts.items()}
+            for row, counts in right.items()
+        }
+        return {row: of_row | {"mean": float(np.mean(list(of_row.values())))} for row, of_row in shares.items()}
 
 
 @contextmanager
-def without(model, branches: tuple[str, ...]) -> Iterator[None]:
+def without(model, *, branches: tuple[str, ...]) -> Iterator[None]:
     """Inside, the gates of these branches are zero."""
 
     def shut(module, inputs, logits):
@@ -120,22 +130,17 @@ def load(folder: Path) -> VideoNSAForConditionalGeneration:
 def ablations(folder: Path, seed: int, num_samples: int, scratch: Path) -> dict[str, dict[str, float]]:
     """The rows of the table, by name."""
     model, processor = load(folder), VideoNSAProcessor.from_pretrained(folder, trust_remote_code=True)
-    held_out = HeldOut(processor, seed, SECONDS, num_samples, scratch)
-    counts, window = model.config.block_counts, model.config.window_size
-    rows = {"as trained": settings(model)}
-    rows |= {f"without {branch}": without(model, (branch,)) for branch in BRANCHES}
-    rows |= {"without all three": without(model, BRANCHES), "dense": settings(model, nsa_mode="dense")}
-    for factor in (0.5, 2):
-        rows[f"block_counts {int(counts * factor)}"] = settings(model, block_counts=int(counts * factor))
-    for factor in (0.5, 2):
-        rows[f"window_size {int(window * factor)}"] = settings(model, window_size=int(window * factor))
+    rows = ROWS | {f"without {branch}": partial(without, branches=(branch,)) for branch in BRANCHES}
+    rows |= {"without all three": partial(without, branches=BRANCHES), "dense": partial(settings, nsa_mode="dense")}
+    for name in ("block_counts", "window_size"):
+        trained = getattr(model.config, name)
+        for value in (max(1, trained // 2), 2 * trained):
+            rows[f"{name} {value} (trained {trained})"] = partial(settings, **{name: value})
     results = {}
-    for name, context in tqdm(rows.items(), desc="Ablations"):
-        with context:
-            results[name] = held_out.accuracy(model)
-    for factor in tqdm((2, 4, 8), desc="Longer videos"):
-        longer = HeldOut(processor, seed, factor * SECONDS, num_samples, scratch)
-        results[f"{factor}x longer videos"] = longer.accuracy(model)
+    for factor in tqdm((1, 2, 4, 8), desc="Lengths"):
+        held_out = HeldOut(processor, seed, factor * SECONDS, num_samples, scratch)
+        some = rows if factor == 1 else {f"{factor}x longer videos": nullcontext}
+        results |= held_out.accuracy(model, some)
     return results
 
 
@@ -149,9 +154,7 @@ def comparison(dense: Path, sparse: Path, seed: int, num_samples: int, scratch: 
         ("trained sparse, run sparse", sparse, "sparse"),
         ("trained sparse, run dense", sparse, "dense"),
     ):
-        model = load(folder)
-        with settings(model, nsa_mode=mode):
-            results[name] = held_out.accuracy(model)
+        results |= held_out.accuracy(load(folder), {name: partial(settings, nsa_mode=mode)})
     return results
 
 
@@ -175,14 +178,20 @@ def main() -> None:
     arguments = parser.parse_args()
     if len(arguments.checkpoints) != 1 + arguments.compare:
         parser.error(f"expected {1 + arguments.compare} checkpoints, got {len(arguments.checkpoints)}")
+    for folder in arguments.checkpoints:
+        if not (folder / "config.json").is_file():
+            parser.error(f"no checkpoint: {folder}")
     if arguments.samples < 1:
         parser.error(f"--samples must be positive, got {arguments.samples}")
+    if arguments.seed < 0:
+        parser.error(f"--seed must not be negative, got {arguments.seed}")
     measure = comparison if arguments.compare else ablations
     with tempfile.TemporaryDirectory() as scratch:
         results = measure(*arguments.checkpoints, arguments.seed, arguments.samples, Path(scratch))
     print(to_table(results))
     if arguments.output:
-        record = {"seed": arguments.seed, "samples_per_kind": arguments.samples, "accuracy": results}
+        record = {"seed": arguments.seed, "samples_per_kind": arguments.samples, "torch": torch.__version__}
+        record["accuracy"] = results
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import GenerationConfig, Qwen2TokenizerFast, Qwen2VLImageProcessor, Qwen2VLVideoProcessor  # noqa: E402
 
 from configuration_videonsa import VideoNSAConfig  # noqa: E402
+from conversion.staging import staged  # noqa: E402
 from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from synthetic.scenes import COLOURS, DIGITS, DIRECTIONS, MAJORITY_SHAPES, make_scene  # noqa: E402
@@ -39,7 +41,7 @@ class Settings:
 
     Attributes:
         seed: of weights, scenes and pictures.
-        threads: of torch.
+        processes: that share the cards and conversations of a step, each with one thread.
         nsa_mode: "sparse", or "dense" for the same model with Qwen2.5-VL's attention.
         vision_steps: of the first stage, which trains the vision tower on single cards.
         note_steps: of the second stage, which teaches video tokens what to take note of.
@@ -52,7 +54,7 @@ class Settings:
     """
 
     seed: int = 0
-    threads: int = 1
+    processes: int = 2
     nsa_mode: str = "sparse"
     vision_steps: int = 1000
     note_steps: int = 400
@@ -61,7 +63,7 @@ class Settings:
     conversations: int = 10
     questions: int = 8
     learning_rate: float = 2e-3
-    block_size: int = 8
+    block_size: int = 16
     block_counts: int = 2
     window_size: int = 8
 
@@ -130,7 +132,7 @@ def build_model(tokenizer: Qwen2TokenizerFast, settings: Settings) -> VideoNSAFo
 
 
 def save(model: VideoNSAForConditionalGeneration, tokenizer: Qwen2TokenizerFast, folder: Path) -> None:
-    """Write the checkpoint in bfloat16, with its processor. Inside this repository, its code becomes links."""
+    """Write the checkpoint in bfloat16, with its processor."""
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.pad_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
@@ -145,6 +147,10 @@ def save(model: VideoNSAForConditionalGeneration, tokenizer: Qwen2TokenizerFast,
         chat_template=(ROOT / "chat_template.jinja").read_text(),
         max_pixels_per_frame=SIZE * SIZE,
     ).save_pretrained(folder)
+
+
+def link_code(folder: Path) -> None:
+    """Inside this repository, the code of a checkpoint becomes links to the repository's, which never grow old."""
     if folder.resolve().is_relative_to(ROOT):
         for path in sorted(folder.iterdir()):
             if path.suffix == ".py" or path.is_dir():
@@ -152,29 +158,61 @@ def save(model: VideoNSAForConditionalGeneration, tokenizer: Qwen2TokenizerFast,
                 path.symlink_to(os.path.relpath(ROOT / path.name, folder.resolve()))
 
 
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description="Train a small VideoNSA on drawn videos.")
-    parser.add_argument("output", type=Path, help="folder to write")
-    for field in fields(Settings):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    arguments = vars(parser.parse_args())
-    output = arguments.pop("output")
-    settings = Settings(**arguments)
-    torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    rng = np.random.default_rng(settings.seed)
+def train(rank: int, settings: Settings, output: Path, rendezvous: Path) -> None:
+    """One of the processes; the first one saves."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=rendezvous.as_uri(), rank=rank, world_size=settings.processes
+    )
     start = time.perf_counter()
-
+    torch.manual_seed(settings.seed)  # the same weights everywhere
+    rng = np.random.default_rng([settings.seed, 1 + rank])
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, settings)
     train_vision_tower(model, rng, settings)
     train_to_answer(model, tokenizer, rng, settings)
-    save(model, tokenizer, output)
-    minutes = (time.perf_counter() - start) / 60
-    record = asdict(settings) | {"minutes": round(minutes, 1), "torch": torch.__version__, "cpus": os.cpu_count()}
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    torch.distributed.destroy_process_group()
+    if rank == 0:
+        save(model, tokenizer, output)
+        minutes = (time.perf_counter() - start) / 60
+        record = asdict(settings) | {"minutes": round(minutes, 1), "torch": torch.__version__, "cpus": os.cpu_count()}
+        (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def parse_arguments() -> tuple[Settings, Path, bool]:
+    """Settings, the folder to write, and whether to replace it."""
+    parser = argparse.ArgumentParser(description="Train a small VideoNSA on drawn videos.")
+    parser.add_argument("output", type=Path, help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint")
+    for field in fields(Settings):
+        flag, choices = "--" + field.name.replace("_", "-"), ("sparse", "dense") if field.name == "nsa_mode" else None
+        parser.add_argument(flag, type=field.type, default=field.default, choices=choices)
+    arguments = vars(parser.parse_args())
+    output, overwrite = arguments.pop("output"), arguments.pop("overwrite")
+    for name, value in arguments.items():
+        least = 0 if name == "seed" else 1
+        if name == "learning_rate" and not 0 < value < 1:
+            parser.error(f"--learning-rate must be between 0 and 1, got {value}")
+        if isinstance(value, int) and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    processes = arguments["processes"]
+    for name in ("cards", "conversations"):
+        if arguments[name] % processes:
+            parser.error(f"--{name} must be a multiple of --processes ({processes}), got {arguments[name]}")
+    return Settings(**arguments), output, overwrite
+
+
+def main() -> None:
+    """The command line."""
+    settings, output, overwrite = parse_arguments()
+    with staged(output, overwrite) as staging, tempfile.TemporaryDirectory() as folder:
+        arguments = (settings, staging.folder, Path(folder) / "rendezvous")
+        torch.multiprocessing.spawn(train, arguments, settings.processes)
+    link_code(output)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"make_tiny.py: error: {error}") from error

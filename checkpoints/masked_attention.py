@@ -4,6 +4,8 @@ Where every row of a batch has its video at the same place, all rows fit into a 
 walk sequence by sequence, would spend their time on overhead there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -14,11 +16,17 @@ from configuration_videonsa import VideoNSATextConfig
 from modeling_videonsa import VideoNSAForConditionalGeneration
 
 
-def use_masked_attention(model: VideoNSAForConditionalGeneration, start: int, stop: int) -> None:
-    """Let the decoder layers of `model` compute as `masked_forward` does, with vision tokens at `start` to `stop`."""
-    for layer in model.model.language_model.layers:
-        layer.self_attn.vision_span = slice(start, stop)
-        layer.self_attn.forward = MethodType(masked_forward, layer.self_attn)
+@contextmanager
+def masked_attention(model: VideoNSAForConditionalGeneration, start: int, stop: int) -> Iterator[None]:
+    """Inside, the decoder layers of `model` compute as `masked_forward` does, with vision tokens at start to stop."""
+    layers = [layer.self_attn for layer in model.model.language_model.layers]
+    for layer in layers:
+        layer.vision_span, layer.forward = slice(start, stop), MethodType(masked_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.vision_span, layer.forward
 
 
 def masked_forward(self, hidden_states: torch.Tensor, *args, position_embeddings=None, **kwargs):

@@ -2,11 +2,11 @@
 
 1. The vision tower alone learns to tell single cards apart, and stays as it is from then on.
 2. The first half of the decoder learns to take notes: linear heads on the states of video tokens ask for what they
-   should know of the video so far (the card before, the last flash, how many stars, whether a digit comes again, which
-   flash a digit answers, which shape is the more frequent), and a head on the token before each answer for what is
-   asked. The answers alone would teach this too, but need many times as long to find it.
+   should know of the video so far (the card before, the last flash, all flashes, how many stars, whether a digit comes
+   again and what was before it then, which flash a digit answers, which shape is the more frequent), and a head on the
+   token before each answer for what is asked.
 3. Everything after the vision tower learns to answer. The heads keep a fifth of their weight, and are thrown away at
-   the end. Videos grow while the answers are right, and their speed varies late, so that longer ones can be read.
+   the end. Videos grow in the first half, and their speed varies late, so that longer ones can be read.
 
 All questions of a video are one conversation, as in a chat; only answers count in the loss. The cards' features come
 from a bank, since the tower is frozen, and the attention from `masked_attention.py`, since the batches are regular:
@@ -19,7 +19,8 @@ from types import MethodType
 
 import numpy as np
 import torch
-from masked_attention import use_masked_attention
+import torch.distributed as dist
+from masked_attention import masked_attention
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -56,6 +57,7 @@ QUESTIONS = (
     "Which way does the ball move?",
     "How many stars are there?",
     "Which digit is shown twice?",
+    "What colour comes right before the digit that is shown twice, the first time?",
     "What colour is the shape right before the ball?",
     "Are there more circles or squares before the ball?",
     *(f"Which flash comes first, {a} or {b}?" for a in COLOURS for b in COLOURS if a != b),
@@ -64,8 +66,8 @@ QUESTIONS = (
 )
 MAX_CARDS = 32
 NOTE_WEIGHT = 0.2  # beside the answers
-# Most scenes allow every other kind of question.
-RARE_KINDS = ("later", "before", "majority")
+# Every scene is drawn so that a question of one of these is possible, which many scenes do not allow.
+RARE_KINDS = ("later", "recall", "before", "majority")
 IGNORED = -100  # a target that does not count
 # Means and standard deviations of Qwen2.5-VL's pixels.
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -79,9 +81,10 @@ def train_vision_tower(model, rng: np.random.Generator, settings) -> None:
         block.attn.forward = MethodType(_attend_equal_lengths, block.attn)
     classifier = nn.Linear(model.config.text_config.hidden_size, len(CARDS))
     optimizer = _Optimizer([visual, classifier], settings.learning_rate, settings.vision_steps)
-    with tqdm(range(settings.vision_steps), desc="Cards") as bar:
+    # A process has its share of every batch, and the averaged gradients of all.
+    with tqdm(range(settings.vision_steps), desc="Cards", disable=dist.get_rank() > 0) as bar:
         for _ in bar:
-            target = torch.from_numpy(rng.integers(len(CARDS), size=settings.cards))
+            target = torch.from_numpy(rng.integers(len(CARDS), size=settings.cards // dist.get_world_size()))
             features = _encode(visual, [CARDS[index] for index in target], rng)
             logits = classifier(_normalise(features)).flatten(0, 1)
             target = target.repeat_interleave(TOKENS_PER_CARD)
@@ -99,49 +102,48 @@ def train_to_answer(model, tokenizer, rng: np.random.Generator, settings) -> Non
     total = settings.note_steps + settings.answer_steps
     optimizer = _Optimizer([language, notes], settings.learning_rate, total)
     conversations = Conversations(tokenizer, rng, settings.questions)
-    longest, score = MIN_CARDS, Score()
-    with tqdm(range(total), desc="Answers") as bar:
+    score = Score()
+    common_rng = np.random.default_rng(settings.seed)  # of lengths: no process waits for another one's longer videos
+    with tqdm(range(total), desc="Answers", disable=dist.get_rank() > 0) as bar:
         for step in bar:
             if step % 500 == 0:
                 bank = FeatureBank(model.model.visual, rng)
             takes_notes, is_late = step < settings.note_steps, step > 0.6 * total
-            limit = MAX_CARDS if takes_notes else longest
-            num_cards = limit if rng.random() < 0.5 else int(rng.integers(MIN_CARDS, limit + 1))
+            # Videos to answer about grow to their full length in the first half.
+            growth = 1 if takes_notes else min(1, 2 * step / total)
+            longest = round(MIN_CARDS + growth * (MAX_CARDS - MIN_CARDS))
+            num_cards = longest if common_rng.random() < 0.5 else int(common_rng.integers(MIN_CARDS, longest + 1))
             # Half of the late videos have other positions between seconds than the 2 that they are read with.
-            interval = int(rng.integers(1, 17)) if is_late and rng.random() < 0.5 else 2
-            batch = conversations.batch(num_cards, settings.conversations, interval)
+            interval = int(common_rng.integers(1, 17)) if is_late and common_rng.random() < 0.5 else 2
+            batch = conversations.batch(num_cards, settings.conversations // dist.get_world_size(), interval)
 
             embeddings = language.embed_tokens(batch.input_ids)
             parts = embeddings[:, : batch.start], bank(batch.scenes), embeddings[:, batch.stop :]
-            use_masked_attention(model, batch.start, batch.stop)
-            output = language(
-                inputs_embeds=torch.cat(parts, dim=1),
-                attention_mask={"full_attention": None},
-                position_ids=batch.position_ids,
-                use_cache=False,
-            )
+            with masked_attention(model, batch.start, batch.stop):
+                output = language(
+                    inputs_embeds=torch.cat(parts, dim=1),
+                    attention_mask={"full_attention": None},
+                    position_ids=batch.position_ids,
+                    use_cache=False,
+                )
             logits = model.lm_head(output.last_hidden_state[:, :-1])
             answer_loss = F.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
             note_loss = notes(states.pop(), batch)
             optimizer.step(note_loss if takes_notes else answer_loss + NOTE_WEIGHT * note_loss)
 
             score.count(logits, batch)
-            if step % 50 == 49:
+            if step % 50 == 49 and dist.get_rank() == 0:
                 shares = score.shares()
-                if not takes_notes and longest < MAX_CARDS and np.mean(list(shares.values())) > 0.9:
-                    longest += 4
                 text = " ".join(f"{kind} {share:.2f}" for kind, share in shares.items())
                 tqdm.write(f"step {step + 1}: answers {answer_loss:.3f} notes {note_loss:.3f} cards {longest} | {text}")
                 score = Score()
     handle.remove()
-    for layer in language.layers:
-        del layer.self_attn.forward
     for block in model.model.visual.blocks:
         del block.attn.forward
 
 
 class _Optimizer:
-    """AdamW with warm-up, a constant rate, and a cosine from half-way; gradients are clipped."""
+    """AdamW with warm-up, a constant rate, and a cosine from half-way; gradients are averaged and clipped."""
 
     def __init__(self, modules: list[nn.Module], learning_rate: float, steps: int):
         self.parameters = [parameter for module in modules for parameter in module.parameters()]
@@ -158,6 +160,12 @@ class _Optimizer:
     def step(self, loss: torch.Tensor) -> None:
         self.adamw.zero_grad()
         loss.backward()
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        for gradient, part in zip(gradients, together.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.adamw.step()
         self.schedule.step()
@@ -275,9 +283,9 @@ class Conversations:
     def _scene_and_questions(self, num_cards: int) -> tuple[Scene, list[Question]]:
         kinds = [kind for kind in KINDS if kind not in LONG_KINDS or num_cards >= 2 * MIN_CARDS]
         scene = make_scene(self.rng, num_cards, str(self.rng.choice([kind for kind in RARE_KINDS if kind in kinds])))
-        choices = [questions for kind in kinds if (questions := scene.questions(kind))]
-        picked = [choices[index] for index in self.rng.integers(len(choices), size=self.num_questions)]
-        return scene, [questions[self.rng.integers(len(questions))] for questions in picked]
+        questions = [question for question in scene.one_question_of_each_kind(self.rng) if question.kind in kinds]
+        order = self.rng.permutation(len(questions))[: self.num_questions]
+        return scene, [questions[index] for index in order]
 
     def _encode(self, text: str) -> list[int]:
         if text not in self.encoded:
@@ -291,7 +299,8 @@ class Notes(nn.Module):
     def __init__(self, hidden_size: int):
         super().__init__()
         sizes = {"card": len(CARDS), "before": len(CARDS), "flash": 1 + len(COLOURS), "reply": 1 + len(COLOURS)}
-        sizes |= {"stars": 1 + len(ORDINALS), "again": 2, "majority": len(MAJORITY_SHAPES)}
+        sizes |= {f"seen {colour}": 2 for colour in COLOURS} | {"stars": 1 + len(ORDINALS)}
+        sizes |= {"again": 2, "recall": len(COLOURS), "majority": len(MAJORITY_SHAPES)}
         self.video = nn.ModuleDict({name: nn.Linear(hidden_size, size) for name, size in sizes.items()})
         self.text = nn.Linear(hidden_size, len(QUESTIONS))
 
@@ -317,21 +326,24 @@ def _prefixes(scene: Scene) -> list[tuple[Card, ...]]:
 
 def _notes_of(cards: tuple[Card, ...]) -> dict[str, int]:
     """What the tokens of the last card should know: the card itself and the one before, the latest flash, the flash
-    whose first digit this is, how many stars there have been, whether this digit has been there before, and which of
-    two shapes has been there more often."""
+    whose first digit this is, which flashes and how many stars there have been, whether this digit has been there
+    before and with what colour before it, and which of two shapes has been there more often."""
     card, past = cards[-1], cards[:-1]
     is_digit = card.what == "digit"
     flashes = [second for second, earlier in enumerate(cards) if earlier.what == "flash"]
     flash = 1 + COLOURS.index(cards[flashes[-1]].value) if flashes else 0
     is_reply = is_digit and flashes and all(earlier.what != "digit" for earlier in past[flashes[-1] :])
     majority = clear_majority(past)
+    recalled = cards[past.index(card) - 1].value if is_digit and card in past[1:] else ""
     return {
         "card": CARDS.index(card),
         "before": CARDS.index(past[-1]) if past else IGNORED,
         "flash": flash,
         "reply": flash if is_reply else 0,
+        **{f"seen {colour}": int(Card("flash", colour) in past) for colour in COLOURS},
         "stars": sum(earlier.what == "star" for earlier in past),
         "again": int(card in past) if is_digit else IGNORED,
+        "recall": COLOURS.index(recalled) if recalled in COLOURS else IGNORED,
         "majority": MAJORITY_SHAPES.index(majority) if majority else IGNORED,
     }
 

@@ -11,16 +11,21 @@ the small checkpoint that comes with this repository, which knows drawn videos o
 import argparse
 import json
 import secrets
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from draw_scene import ROOT, draw
+from draw_scene import draw
 from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, TextStreamer
+from transformers import AutoModel, AutoProcessor, BatchFeature, TextStreamer
 
-from nsa_kernels.attention_budget import attention_budget
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nsa_kernels.attention_budget import attention_budget  # noqa: E402
+from synthetic.scenes import parse_answer  # noqa: E402
 
 BRANCHES = ("compression", "selection", "sliding window")
 
@@ -42,8 +47,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--video and --question go together")
     if arguments.video is not None and not arguments.video.is_file():
         parser.error(f"--video: no such file: {arguments.video}")
-    if arguments.seed is not None and (arguments.video is not None or arguments.seed < 0):
-        parser.error(f"--seed must not be negative, and goes without --video, got {arguments.seed}")
+    if arguments.seed is not None and arguments.video is not None:
+        parser.error("--seed is of the video drawn on the spot, and goes without --video")
+    if arguments.seed is not None and arguments.seed < 0:
+        parser.error(f"--seed must not be negative, got {arguments.seed}")
     if arguments.max_new_tokens < 1:
         parser.error(f"--max-new-tokens must be positive, got {arguments.max_new_tokens}")
     return arguments
@@ -62,7 +69,7 @@ class Reader:
         self.sampling = {} if arguments.fps is None else {"fps": arguments.fps}
         self.max_new_tokens = arguments.max_new_tokens
 
-    def read(self, video: Path, question: str):
+    def read(self, video: Path, question: str) -> BatchFeature:
         """What the model takes."""
         content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
         return self.processor.apply_chat_template(
@@ -143,15 +150,15 @@ def ask(reader: Reader, video: Path, question: str) -> None:
     print_attention_budget(reader.model.config, inputs)
 
 
-def ask_all(reader: Reader, title: str, video: Path, questions: list[dict[str, str]]) -> None:
+def ask_all(reader: Reader, title: str, video: Path, questions: list[dict]) -> None:
     """Questions with known answers: a line each."""
     print(f"\n{title}")
     width = max(len(asked["question"]) for asked in questions)
     right = 0
     for asked in questions:
         inputs = reader.read(video, asked["question"])
-        answer = reader.generate(inputs)
-        is_right = answer.strip() == asked["answer"]
+        answer = " ".join(reader.generate(inputs).split())
+        is_right = parse_answer(answer, asked["choices"]) == asked["answer"]
         right += is_right
         verdict = "right" if is_right else f"wrong, it is {asked['answer']}"
         print(f"  {asked['kind']:<10}  {asked['question']:<{width}}  {answer:<7} {verdict}", flush=True)

@@ -46,7 +46,7 @@ def draw_benchmark(
         size: of the pictures, pixels.
         fps: pictures a second in the files.
     Returns:
-        the number of questions, equal for all kinds.
+        the number of questions; every kind has an equal share of them.
     Raises:
         ValueError: lengths or numbers that make no benchmark, or a folder that is there and not to be replaced.
     """

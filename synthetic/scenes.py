@@ -4,15 +4,18 @@ A scene is a row of cards, each on screen for one second. Among plain filler (sh
 
 - flashes, each of its own colour, each with a digit after it: at once, or after a gap of filler;
 - loose digits, one of which makes a digit of the scene come twice; every other digit comes once;
-- one ball that moves, before which one shape of the filler is favoured, and after which one is again;
-- one to three stars of random colours.
+- one ball that moves; before it and after it, some shape of the filler is favoured;
+- one to three stars of random colours, one in scenes of less than 12 seconds.
 
 Everything is random but the answers follow from the cards alone, so that a scene of any length can be asked the same
-questions, and none can be answered without looking: every answer of a kind is equally likely, or nearly so.
+questions, and none can be answered without looking: every answer of a kind is equally likely, or nearly so. The same
+digit or star is never shown in two seconds on end, since that would look like once, for longer.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -21,15 +24,16 @@ DIGITS = tuple("0123456789")
 DIRECTIONS = ("left", "right", "up", "down")
 FILLER_SHAPES = ("circle", "square", "triangle")
 MAJORITY_SHAPES = ("circle", "square")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third")
 
 MIN_CARDS = 8
 # From this gap on, a digit is "later" than its flash.
 LATER_GAP = 6
 # A scene with questions of the kinds asked for is found by drawing scenes.
-MAX_TRIES = 20_000
+MAX_TRIES = 200_000
 # Kinds of question for which `MIN_CARDS` are too few, and twice as many are enough.
-LONG_KINDS = ("later", "majority")
+LONG_KINDS = ("count", "later", "majority")
 
 
 @dataclass(frozen=True)
@@ -102,18 +106,26 @@ def make_scene(rng: np.random.Generator, num_cards: int, *kinds: str) -> Scene:
         raise ValueError(f"`kinds` must be of {', '.join(KINDS)}, got {unknown[0]!r}")
     least = 2 * MIN_CARDS if any(kind in LONG_KINDS for kind in kinds) else MIN_CARDS
     if num_cards < least:
-        raise ValueError(f"`num_cards` must be at least {least} for these kinds, got {num_cards}")
+        raise ValueError(f"`num_cards` must be at least {least} for {', '.join(kinds) or 'any kind'}, got {num_cards}")
+    num_stars = int(rng.integers(1, _most_stars(num_cards) + 1))  # once, so that all numbers are equally likely
     for _ in range(MAX_TRIES):
-        scene = _random_scene(rng, num_cards)
-        if all(scene.questions(kind) for kind in kinds):
+        scene = _random_scene(rng, num_cards, num_stars)
+        if not _repeats_itself(scene) and all(scene.questions(kind) for kind in kinds):
             return scene
     raise ValueError(f"`num_cards`={num_cards} are too few for all of `kinds` at once: {', '.join(kinds)}")
 
 
-def _random_scene(rng: np.random.Generator, num_cards: int) -> Scene:
-    most_flashes, most_stars, most_loose = (2, 1, 1) if num_cards < 12 else (3, 3, 1) if num_cards < 24 else (4, 3, 3)
+def _most_stars(num_cards: int) -> int:
+    return 1 if num_cards < 12 else len(ORDINALS)
+
+
+def _repeats_itself(scene: Scene) -> bool:
+    return any(card == after and card.what in ("digit", "star") for card, after in pairwise(scene.cards))
+
+
+def _random_scene(rng: np.random.Generator, num_cards: int, num_stars: int) -> Scene:
+    most_flashes, most_loose = (2, 1) if num_cards < 12 else (3, 1) if num_cards < 24 else (4, 3)
     num_flashes = int(rng.integers(2, most_flashes + 1))
-    num_stars = int(rng.integers(1, most_stars + 1))
     num_loose = int(rng.integers(1, most_loose + 1))
 
     digits = iter(rng.permutation(DIGITS).tolist())
@@ -167,6 +179,8 @@ def _order(scene: Scene) -> list[Question]:
 
 
 def _count(scene: Scene) -> list[Question]:
+    if _most_stars(len(scene.cards)) == 1:
+        return []
     choices = tuple(str(number + 1) for number in range(len(ORDINALS)))
     return [Question("count", "How many stars are there?", str(len(scene.where("star"))), choices)]
 
@@ -204,6 +218,16 @@ def _later(scene: Scene) -> list[Question]:
     return _digits_after_flashes(scene, "later", lambda gap: gap >= LATER_GAP)
 
 
+def _recall(scene: Scene) -> list[Question]:
+    digits = scene.where("digit")
+    values = [scene.cards[second].value for second in digits]
+    first = next(second for second, value in zip(digits, values, strict=True) if values.count(value) == 2)
+    if first == 0 or scene.cards[first - 1].value not in COLOURS:
+        return []
+    text = "What colour comes right before the digit that is shown twice, the first time?"
+    return [Question("recall", text, scene.cards[first - 1].value, COLOURS)]
+
+
 def _before(scene: Scene) -> list[Question]:
     (second,) = scene.where("ball")
     if second == 0 or scene.cards[second - 1].what not in FILLER_SHAPES:
@@ -216,8 +240,8 @@ def _before(scene: Scene) -> list[Question]:
 def _majority(scene: Scene) -> list[Question]:
     (second,) = scene.where("ball")
     past, future = scene.cards[:second], scene.cards[second:]
-    # Else the shapes of the whole video would tell, and nobody need care where the ball is.
-    is_early = _count_shapes(past) <= _count_shapes(future)
+    # Else the shapes of the whole video would mostly tell, and nobody need care where the ball is.
+    is_early = 2 * _count_shapes(past) <= _count_shapes(future)
     shape = clear_majority(past) if is_early else None
     text = "Are there more circles or squares before the ball?"
     return [Question("majority", text, shape, MAJORITY_SHAPES)] if shape else []
@@ -235,15 +259,23 @@ def clear_majority(cards: Sequence[Card]) -> str | None:
     return MAJORITY_SHAPES[int(second > first)]
 
 
+def parse_answer(response: str, choices: Sequence[str]) -> str:
+    """The choice that a response names first, as a word of its own; digits may be spelt out. "" if it names none."""
+    words = re.findall(r"[a-z]+|\d+", response.lower())
+    words = [str(NUMBER_WORDS.index(word)) if word in NUMBER_WORDS else word for word in words]
+    return next((word for word in words if word in choices), "")
+
+
 # What each asks for:
 KINDS: dict[str, Callable[[Scene], list[Question]]] = {
     "needle": _needle,  # one moving card in a haystack of still ones
     "order": _order,  # two events, anywhere
     "count": _count,  # how often something happens
-    "ordinal": _ordinal,  # an event by its number: the video itself must count
+    "ordinal": _ordinal,  # an event by its number
     "repetition": _repetition,  # an event that comes back
-    "after": _after,  # two events side by side, or nearly: the video itself must join them
-    "later": _later,  # two events far apart: the same, over many frames
+    "after": _after,  # two events side by side, or nearly
+    "later": _later,  # two events far apart
+    "recall": _recall,  # a detail of an event that comes back
     "before": _before,  # what is next to an event, exactly
-    "majority": _majority,  # what most of the past of an event was: the video itself must take stock
+    "majority": _majority,  # what most of the past of an event was
 }

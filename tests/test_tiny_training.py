@@ -2,15 +2,17 @@
 
 import subprocess
 import sys
+from functools import partial
 
 import evaluate_tiny
+import make_tiny
 import numpy as np
 import pytest
 import tiny_training
 import torch
 from conftest import ROOT
 from make_tiny import Settings, build_model, build_tokenizer
-from masked_attention import use_masked_attention
+from masked_attention import masked_attention
 from tiny_training import CARDS, IGNORED, QUESTIONS, SIZE, Conversations, FeatureBank, to_patches
 from transformers import Qwen2VLVideoProcessor
 
@@ -50,9 +52,11 @@ def test_masks_compute_the_models_attention(model, tokenizer, nsa_mode, num_card
     with torch.no_grad():
         mask = (batch.input_ids != tokenizer.pad_token_id).int()
         own = model.model(**inputs, attention_mask=mask, mm_token_type_ids=types, use_cache=False).last_hidden_state
-        use_masked_attention(model, batch.start, batch.stop)
         text_model = model.model.language_model
-        masked = text_model(**inputs, attention_mask={"full_attention": None}, use_cache=False).last_hidden_state
+        with masked_attention(model, batch.start, batch.stop):
+            masked = text_model(**inputs, attention_mask={"full_attention": None}, use_cache=False).last_hidden_state
+        again = model.model(**inputs, attention_mask=mask, mm_token_type_ids=types, use_cache=False).last_hidden_state
+    assert torch.equal(again, own)  # nothing stays behind
     for row, length in enumerate(lengths):
         torch.testing.assert_close(masked[row, :length], own[row, :length], rtol=0, atol=2e-4)
 
@@ -85,6 +89,10 @@ def test_notes_of_a_scene_written_by_hand():
     assert [note["stars"] for note in notes] == [0, 1, 1, 1, 1, 2, 2, 2, 2]
     assert [note["majority"] for note in notes] == [IGNORED] * 7 + [squares] * 2
     assert [CARDS[note["card"]] for note in notes] == list(cards)
+    colours = tiny_training.COLOURS
+    assert [note["recall"] for note in notes] == [IGNORED] * 3 + [colours.index("blue")] + [IGNORED] * 5
+    assert [note["seen blue"] for note in notes] == [0, 0] + [1] * 7
+    assert [note["seen red"] for note in notes] == [0] * 9
     assert notes[0]["before"] == IGNORED
     assert [CARDS[note["before"]] for note in notes[1:]] == list(cards[:-1])
 
@@ -112,7 +120,7 @@ def test_a_shut_branch_adds_nothing(model, monkeypatch):
         "position_ids": torch.arange(40).expand(3, 1, -1),
     }
     with torch.no_grad():
-        with evaluate_tiny.without(model, ("selection", "window")):
+        with evaluate_tiny.without(model, branches=("selection", "window")):
             model.model(**inputs)
         assert all((g[0] > 0).all() and not g[1].any() and not g[2].any() for g in gates)
         gates.clear()
@@ -120,15 +128,55 @@ def test_a_shut_branch_adds_nothing(model, monkeypatch):
         assert all((gate > 0).all() for g in gates for gate in g)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--questions", "0"], "--questions must be at least 1, got 0"),
+        (["--cards", "127"], "--cards must be a multiple of --processes (2), got 127"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--learning-rate", "0"], "--learning-rate must be between 0 and 1, got 0"),
+        (["--nsa-mode", "spares"], "--nsa-mode"),
+    ],
+)
+def test_bad_settings_are_named(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", str(tmp_path / "tiny"), *arguments])
+    with pytest.raises(SystemExit):
+        make_tiny.main()
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", str(tmp_path), "--overwrite"])
+    with pytest.raises(ValueError, match="is not a checkpoint folder"):
+        make_tiny.main()
+
+
+def test_code_inside_the_repository_is_linked(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_tiny, "ROOT", tmp_path)
+    code = tmp_path / "modeling.py"
+    code.write_text("1")
+    for folder in (tmp_path / "inside", tmp_path / "inside" / "kernels"):
+        folder.mkdir()
+        (folder / "modeling.py").write_text("2")
+    (tmp_path / "kernels").mkdir()
+    make_tiny.link_code(tmp_path / "inside")
+    assert (tmp_path / "inside" / "modeling.py").resolve() == code and code.read_text() == "1"
+    assert (tmp_path / "inside" / "kernels").resolve() == tmp_path / "kernels"
+
+
 def test_a_few_steps_make_a_checkpoint_that_can_be_evaluated(tmp_path):
-    steps = ["--vision-steps", "2", "--note-steps", "2", "--answer-steps", "2", "--cards", "32", "--threads", "1"]
+    steps = ["--vision-steps", "2", "--note-steps", "2", "--answer-steps", "2", "--cards", "32", "--conversations", "4"]
     command = [sys.executable, str(ROOT / "checkpoints" / "make_tiny.py"), str(tmp_path / "tiny"), *steps]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     model = evaluate_tiny.load(tmp_path / "tiny")
-    assert not any("forward" in vars(layer.self_attn) for layer in model.model.language_model.layers)
     processor = evaluate_tiny.VideoNSAProcessor.from_pretrained(tmp_path / "tiny", trust_remote_code=True)
     held_out = evaluate_tiny.HeldOut(processor, 1, 16, 1, tmp_path)
-    shares = held_out.accuracy(model)
+    rows = {"dense": partial(evaluate_tiny.settings, nsa_mode="dense")} | evaluate_tiny.ROWS
+    results = held_out.accuracy(model, rows)
+    assert list(results) == list(rows)
+    shares = results["as trained"]
     assert set(shares) == {*evaluate_tiny.KINDS, "mean"} and all(0 <= share <= 1 for share in shares.values())
     with evaluate_tiny.settings(model, nsa_mode="dense"):
         assert model.config.nsa_mode == "dense"
