@@ -157,7 +157,7 @@ def test_a_copy_answers_anywhere(tmp_path):
     assert ask(tmp_path / "copy", video, question) == expected
 
 
-NEW_QUESTION = "Is the ball on its way up or down?"
+NEW_QUESTION = "Where does the ball go?"  # in words that the checkpoint has never met, and does not understand
 
 
 @pytest.mark.parametrize("lora", [[], ["--lora_rank", "8"]], ids=["full", "lora"])
@@ -171,7 +171,7 @@ def test_it_learns_a_question_from_a_folder_of_videos(tmp_path, lora):
         write_scene(tmp_path / "videos" / f"{number}.mp4", scene, rng)
         (ball,) = scene.where("ball")
         content = [{"type": "video", "video": f"{number}.mp4"}, {"type": "text", "text": NEW_QUESTION}]
-        turns.append((content, "yes" if scene.cards[ball].value in ("up", "down") else "no"))
+        turns.append((content, scene.cards[ball].value))
     trained, held_out = turns[:32], turns[32:]
     records = [
         {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
@@ -182,6 +182,7 @@ def test_it_learns_a_question_from_a_folder_of_videos(tmp_path, lora):
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "configs" / "tiny.yaml"), "--model", str(TINY), *lora]
     command += ["--train_data", str(tmp_path / "my.jsonl"), "--video_folder", str(tmp_path / "videos"), "--fps", "2"]
     command += ["--output_dir", str(output), "--eval_share", "0", "--eval_strategy", "no", "--max_steps", "60"]
+    command += ["--per_device_train_batch_size", "4", "--save_steps", "100"]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
 
     answers = []
@@ -198,6 +199,6 @@ def test_it_learns_a_question_from_a_folder_of_videos(tmp_path, lora):
         )
         tokens = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         answers.append(processor.decode(tokens, skip_special_tokens=True))
-    # Guessing gives as many in one of 1,000 runs; the checkpoint as it was says neither.
-    assert sum(given == answer for given, (_, answer) in zip(answers, held_out, strict=True)) >= 20, answers
-    assert ask(TINY, tmp_path / "videos" / "0.mp4", NEW_QUESTION) not in ("yes", "no")
+    right = [given == answer for given, (_, answer) in zip(answers, held_out, strict=True)]
+    assert sum(right) >= 18, answers  # guessing comes this far in one of a million runs
+    assert ask(TINY, tmp_path / "videos" / "0.mp4", NEW_QUESTION) != turns[0][1]
