@@ -1,6 +1,6 @@
 """Train the small VideoNSA in `checkpoints/tiny/` from nothing, on a CPU.
 
-    python checkpoints/make_tiny.py checkpoints/tiny
+    python checkpoints/make_tiny.py checkpoints/tiny --overwrite
 
 It answers the questions of `synthetic/scenes.py` about drawn videos. `tiny_training.py` says how it learns, this file
 what it is: its tokenizer, its sizes, its folder. The settings decide everything: the same ones on the same kind of
