@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
     if len(arguments.checkpoints) != 1 + arguments.compare:
-        parser.error(f"expected {1 + arguments.compare} checkpoints, got {len(arguments.checkpoints)}")
+        parser.error(f"give one checkpoint, or two with --compare, got {len(arguments.checkpoints)}")
     for folder in arguments.checkpoints:
         if not (folder / "config.json").is_file():
             parser.error(f"no checkpoint: {folder}")

@@ -245,10 +245,17 @@ class VideoNSATrainer(Trainer):
         """Override: a checkpoint that fits only in part is an error, not a warning."""
         missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", None) or ())
         if missing or load_result.unexpected_keys:
-            raise RuntimeError(
-                f"the checkpoint to be resumed has not the weights of this model: {sorted(missing)} are missing and "
-                f"{sorted(load_result.unexpected_keys)} unexpected"
+            raise ValueError(
+                f"`output_dir` {self.args.output_dir}: the checkpoint to be resumed has not the weights of this model: "
+                f"{_some(missing)} missing, {_some(load_result.unexpected_keys)} unexpected. A run of another model, "
+                "or with LoRA instead of without, needs another output_dir"
             )
+
+
+def _some(names) -> str:
+    """At most two of the names."""
+    names = sorted(names)
+    return f"{', '.join(names[:2])} and {len(names) - 2} more" if len(names) > 2 else ", ".join(names) or "none"
 
 
 def is_whole(checkpoint: str | Path) -> bool:
