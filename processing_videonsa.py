@@ -2,7 +2,7 @@
 
 Tokens, grids and timing are those of Qwen2.5-VL. What is added: the choice of frames and resolution
 (`budget_videonsa.py`), made before anything is decoded, and a reader that keeps only the chosen frames
-(`frames_videonsa.py`).
+(`frames_videonsa.py`, `files_videonsa.py`).
 """
 
 import difflib
@@ -32,7 +32,8 @@ try:
         check_positive,
         plan_videos,
     )
-    from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
+    from .files_videonsa import read_for_qwen_vl_utils
+    from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
     from .hub_videonsa import PushMixin
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
@@ -46,7 +47,8 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
         check_positive,
         plan_videos,
     )
-    from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip, read_for_qwen_vl_utils
+    from files_videonsa import read_for_qwen_vl_utils
+    from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
     from hub_videonsa import PushMixin
 
 logger = logging.get_logger(__name__)

@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from budget_videonsa import PatchSizes, VideoOptions, VideoSource, plan_videos
-from frames_videonsa import FileClip
+from files_videonsa import FileClip
 from processing_videonsa import VideoNSAProcessor
 from synthetic.drawing import write_video
 
@@ -532,7 +532,7 @@ def test_groups_without_planned_frames_are_not_decoded(processor, tmp_path, monk
     plan = processor.plan_video(path, num_frames=2)
     assert numbers(clip.read(plan, lambda frames, plan: frames)) == [0, 199]
     assert len(decoded) == 2
-    from frames_videonsa import _needed_gops
+    from files_videonsa import _needed_gops
 
     assert sum(_needed_gops(clip.gops, {clip.keys[0], clip.keys[199]})) == 2 < len(clip.gops) == 20
 
@@ -614,7 +614,7 @@ def test_memory_holds_the_planned_frames_only(tmp_path):
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "checkpoints")!r}]
 import resource
-from frames_videonsa import FileClip
+from files_videonsa import FileClip
 from budget_videonsa import VideoOptions, plan_videos
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
@@ -936,7 +936,13 @@ def test_save_and_load(tmp_path):
     stored = json.loads((tmp_path / "processor_config.json").read_text())
     assert stored["auto_map"] == {"AutoProcessor": "processing_videonsa.VideoNSAProcessor"}
     assert stored["video_processor"]["size"] == {"shortest_edge": 3136, "longest_edge": 28 * 28 * 16}
-    for name in ("processing_videonsa.py", "budget_videonsa.py", "frames_videonsa.py", "chat_template.jinja"):
+    for name in (
+        "processing_videonsa.py",
+        "budget_videonsa.py",
+        "files_videonsa.py",
+        "frames_videonsa.py",
+        "chat_template.jinja",
+    ):
         assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
 
     loaded = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
