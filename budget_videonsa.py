@@ -83,6 +83,7 @@ class VideoSource:
         presampled: the frames were sampled already, at `fps`, and are not sampled by rate again.
         may_drop_frames: False forbids leaving out any frame.
         name: for messages.
+        notes: what a user should know of its times, a sentence each.
     """
 
     num_frames: int
@@ -93,6 +94,25 @@ class VideoSource:
     presampled: bool = False
     may_drop_frames: bool = True
     name: str = "video"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_frames / self.fps
+
+    def second(self, index: int) -> float:
+        """When a frame appears."""
+        return index / self.fps if self.timestamps is None else self.timestamps[index]
+
+    def frames_at(self, seconds: Sequence[float]) -> tuple[int, ...]:
+        """The frame on the screen at each time."""
+        if self.timestamps is None:
+            shown = np.round(np.asarray(seconds) * self.fps)
+        else:
+            # The tolerance is for times rounded to the container's time base.
+            shown = np.searchsorted(self.timestamps, np.asarray(seconds) + 1e-3, side="right") - 1
+        return tuple(np.clip(shown, 0, self.num_frames - 1).astype(int).tolist())
 
 
 @dataclass(frozen=True)
@@ -202,19 +222,31 @@ def plan_videos(
 
 
 def _frames_wanted(source: VideoSource, options: VideoOptions, patches: PatchSizes) -> int:
-    """Frames before the token budget: `smart_nframes`, without its default limit of 768."""
+    """Frames before the token budget: `smart_nframes`, without its default limit of 768.
+
+    Where the frame rate varies, frames are taken at equal distances in time, so that one that is held is repeated, and
+    there may be more of them than the video has.
+    """
     total, step = source.num_frames, patches.temporal
     if options.num_frames is not None and source.may_drop_frames:
         wanted = max(step, round(options.num_frames / step) * step)
     elif source.presampled:
-        return total
+        return total if source.timestamps is None else math.ceil(source.duration * _finest_rate(source.timestamps))
     else:
-        wanted = max(total / source.fps * options.fps, MIN_SAMPLED_FRAMES)
+        wanted = max(source.duration * options.fps, MIN_SAMPLED_FRAMES)
         if options.max_frames is not None:
             wanted = min(wanted, options.max_frames)
     if total < step:
         return total
-    return max(step, math.floor(min(wanted, total) / step) * step)
+    if source.timestamps is None:
+        wanted = min(wanted, total)
+    return max(step, math.floor(wanted / step) * step)
+
+
+def _finest_rate(timestamps: Sequence[float]) -> float:
+    """Frames per second at which no frame is missed that a screen of 60 Hz, or most of the video, has time to show."""
+    gaps = np.diff(timestamps)
+    return float(1 / max(gaps.min(), min(1 / 60, np.median(gaps))))
 
 
 def _size(source: VideoSource, options: VideoOptions, limit: int, patches: PatchSizes) -> tuple[int, int]:
@@ -271,14 +303,11 @@ def _fewer_frames(
 
 def _sample_indices(source: VideoSource, num_frames: int) -> tuple[int, ...]:
     """Evenly spaced frames: by number as in qwen-vl-utils, by time where the frame rate varies."""
+    if source.timestamps is not None:
+        return source.frames_at(np.arange(num_frames) * (source.duration / num_frames))
     if num_frames == source.num_frames:
         return tuple(range(num_frames))
-    if source.timestamps is None:
-        return tuple(torch.linspace(0, source.num_frames - 1, num_frames).round().long().tolist())
-    times = np.linspace(source.timestamps[0], source.timestamps[-1], num_frames)
-    # The frame on screen at each time; the tolerance is for times rounded to the container's time base.
-    shown = np.searchsorted(source.timestamps, times + 1e-4, side="right") - 1
-    return tuple(np.clip(shown, 0, source.num_frames - 1).tolist())
+    return tuple(torch.linspace(0, source.num_frames - 1, num_frames).round().long().tolist())
 
 
 def _notes(
@@ -290,8 +319,8 @@ def _notes(
     size: tuple[int, int],
     budget: int,
 ) -> tuple[str, ...]:
-    notes = []
-    if options.num_frames is not None and options.num_frames > source.num_frames:
+    notes = list(source.notes)
+    if options.num_frames is not None and options.num_frames > source.num_frames and source.timestamps is None:
         notes.append(f"num_frames={options.num_frames} was asked for, and there are {source.num_frames} frames")
     if size != asked_size:
         notes.append(

@@ -73,7 +73,7 @@ def open_clip(request: VideoRequest, *, rate: float, every_frame: bool = False, 
         raise ValueError(f"`fps`={request.options.fps} contradicts `do_sample_frames`=False for a file")
     if request.metadata is not None:
         raise ValueError(f"`video_metadata` is for frames; {os.fspath(request.video)} brings its own")
-    return FileClip(request.video, every_frame)
+    return FileClip(os.fspath(request.video).removeprefix("file://"), every_frame)
 
 
 def flatten_videos(videos: Any) -> Iterator[Any]:
