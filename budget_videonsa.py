@@ -110,8 +110,7 @@ class VideoSource:
         if self.timestamps is None:
             shown = np.round(np.asarray(seconds) * self.fps)
         else:
-            # The tolerance is for times rounded to the container's time base.
-            shown = np.searchsorted(self.timestamps, np.asarray(seconds) + 1e-3, side="right") - 1
+            shown = np.searchsorted(self.timestamps, np.asarray(seconds) + 1e-6, side="right") - 1
         return tuple(np.clip(shown, 0, self.num_frames - 1).astype(int).tolist())
 
 

@@ -87,10 +87,11 @@ class Listing:
     def order_by(self, displayed: Sequence[int]) -> None:
         """Take the order of the frames from a decoder, where the container does not tell it."""
         times: list[int | None] = self.pts
-        if not self.has_presentation_times and None not in self.dts:
+        stored = self.dts if None not in self.dts else self.pts
+        if not self.has_presentation_times and None not in stored:
             # Frames are shown at the times at which they are stored, in another order.
-            times = [None] * len(self.dts)
-            for number, time in zip(displayed, sorted(self.dts[number] for number in displayed), strict=True):
+            times = [None] * len(stored)
+            for number, time in zip(displayed, sorted(stored[number] for number in displayed), strict=True):
                 times[number] = time
         self._set_order(displayed, self._known_times(displayed, times))
 
@@ -114,7 +115,7 @@ class Listing:
 
     def _clock(self, times: Sequence[int | None]) -> list[float]:
         """Seconds of every packet, 0 where unknown, without the jumps of a clock that starts anew."""
-        seconds, shift, last = [], 0.0, None
+        seconds, shift, last, step = [], 0.0, None, self.duration
         for time, stored in zip(times, self.dts, strict=True):
             now = stored if stored is not None else time
             if now is not None:
@@ -122,9 +123,11 @@ class Listing:
                 ahead = 0.0 if last is None else now - last
                 jumps = self.may_jump and not -_JUMP_BACK <= ahead <= _JUMP_AHEAD
                 if jumps or abs(ahead) > _JUMP_ANYWHERE:
-                    shift -= ahead - self.duration
+                    shift -= ahead - step
                     note = "its clock jumps, and is taken to go on where it was"
                     self._notes += [note] if note not in self._notes else []
+                else:
+                    step = ahead or step
                 last = now
             seconds.append(0.0 if time is None else time * self.time_base + shift)
         return seconds
@@ -163,11 +166,13 @@ class Listing:
         seconds = [second - self._seconds[0] for second in self._seconds]
         if len(seconds) == 1:
             return self.rate or 1.0, None, tuple(notes)
-        measured = (len(seconds) - 1) / seconds[-1] if seconds[-1] > 0 else 0.0
+        measured = round((len(seconds) - 1) / seconds[-1], 6) if seconds[-1] > 0 else 0.0
         for rate in (self.rate, measured):
             if rate and all(abs(second - i / rate) < 0.5 / rate for i, second in enumerate(seconds)):
                 return rate, None, tuple(notes)
-        last = self.duration or seconds[-1] / (len(seconds) - 1)
+        gaps = np.diff(seconds)
+        # How long the last frame is held is a guess of most containers; it is no flash.
+        last = self.duration if self.duration >= gaps.min() else float(np.median(gaps))
         return len(seconds) / (seconds[-1] + last), tuple(seconds), tuple(notes)
 
 
@@ -299,6 +304,10 @@ class VideoFile:
             coded_rate = stream.codec_context.framerate
             rate = (stream.average_rate or stream.guessed_rate) if has_times else coded_rate
             self.pixel_aspect, self.intra_only = stream.sample_aspect_ratio, stream.codec_context.codec.intra_only
+            # AVI stores decoding times only, other containers do for some codecs: the presentation times of their
+            # packets are made up. B-frames, and packets that are shown one after the other, contradict each other.
+            in_order = None not in pts and all(one < later for one, later in pairwise(pts))
+            is_made_up = "avi" in formats or (in_order and stream.codec_context.has_b_frames)
             promised, read = 0.0, end_of_file
             if "mp4" in formats and stream.duration is not None:
                 promised = float(stream.duration * stream.time_base)
@@ -316,8 +325,7 @@ class VideoFile:
                 duration=duration,
                 rate=float(rate or 0),
                 has_times=has_times,
-                # AVI stores decoding times only: with B-frames, the presentation times of its packets are made up.
-                has_presentation_times="avi" not in formats,
+                has_presentation_times=not is_made_up,
                 may_jump=bool(flags & _MAY_JUMP),
                 reorders=stream.codec_context.codec.reorder,
             )

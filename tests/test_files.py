@@ -1,5 +1,6 @@
 """Videos that are files: which frames are read, how they look, and what happens where they cannot be read."""
 
+import json
 import math
 import struct
 import subprocess
@@ -57,6 +58,17 @@ def test_the_planned_frames_are_read(processor, tmp_path, name):
         assert plan.fps == pytest.approx(len(seen) / 50 * 25)
 
 
+@pytest.mark.parametrize("share", [6, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_container_and_codec(share):
+    """Frames equal to a plain decoding of the whole file, or a ValueError: never a signal, never other frames."""
+    command = [sys.executable, str(ROOT / "tests" / "read_matrix.py"), str(share)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    results = {(entry := json.loads(line))["file"]: entry["result"] for line in output.splitlines()}
+    assert {name: result for name, result in results.items() if result != "equal" and "refused" not in result} == {}
+    equal = {(Path(name).suffix, name.split("_")[0]) for name, result in results.items() if result == "equal"}
+    assert len(equal) > 100
+
+
 def test_only_what_the_planned_frames_need_is_decoded(processor, tmp_path, monkeypatch):
     path = numbered_video(tmp_path / "a.mp4", count=200, options={"g": "10", "sc_threshold": "0"})
     clip = FileClip(path, False)
@@ -102,13 +114,9 @@ BURST = [*(i / 30 for i in range(30)), *range(10, 70, 10)]  # a camera that slow
     ids=str,
 )
 def test_variable_frame_rates_are_sampled_by_time(processor, tmp_path, times, suffix, options):
-    path = numbered_video(
-        tmp_path / f"a.{suffix}",
-        count=len(times),
-        fps=1000,
-        times=[round(1000 * t) for t in times],
-        options={"bf": "0"},
-    )
+    stamps = [round(1000 * time) for time in times]
+    path = numbered_video(tmp_path / f"a.{suffix}", len(times), 1000, times=stamps, options={"bf": "0"})
+    times = [stamp / 1000 for stamp in stamps]
     seen, plan = read(processor, path, **options)
     assert seen == [on_screen(times, i / plan.fps) for i in range(plan.num_frames)]
     if "num_frames" in options:
@@ -121,13 +129,13 @@ def test_variable_frame_rates_are_sampled_by_time(processor, tmp_path, times, su
     assert inputs["second_per_grid_ts"].item() == pytest.approx(2 / plan.fps)
 
 
-def test_an_absurd_time_is_a_jump_of_the_clock(processor, tmp_path, caplog, monkeypatch):
+def test_an_absurd_time_is_a_jump_of_the_clock(processor, tmp_path):
     """One broken timestamp, 3 years ahead: the rest is seen, and it is said."""
-    times = [*range(0, 2000, 100), 10**11]
-    path = numbered_video(tmp_path / "a.mkv", count=21, fps=1000, times=times, options={"bf": "0"})
-    for options in ({"fps": 10}, {"num_frames": 20}, {"do_sample_frames": False}):
+    times = [*range(0, 2100, 100), 10**11]
+    path = numbered_video(tmp_path / "a.mkv", count=22, fps=1000, times=times, options={"bf": "0"})
+    for options in ({"fps": 10}, {"num_frames": 22}, {"do_sample_frames": False}):
         seen, plan = read(processor, path, **options)
-        assert seen == [*range(21)][: len(seen)] and plan.fps == pytest.approx(10)
+        assert seen == [*range(22)][: len(seen)] and len(seen) >= 20
         assert any("clock jumps" in note for note in plan.notes)
 
 
