@@ -4,6 +4,7 @@
 resized. Memory holds resized frames only, however long the video.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,10 +20,12 @@ except ImportError:  # text, images and decoded frames work without it; a file t
 
 try:
     from .budget_videonsa import VideoPlan, VideoSource
+    from .sources_videonsa import resolve_source
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
     from budget_videonsa import VideoPlan, VideoSource
+    from sources_videonsa import resolve_source
 
 # AVI stores decoding times only: with B-frames the presentation times of its packets are made up.
 _FORMATS_WITHOUT_PRESENTATION_TIMES = {"avi"}
@@ -39,9 +42,10 @@ def read_for_qwen_vl_utils(part: Mapping[str, Any]) -> tuple[torch.Tensor, dict[
     Returns:
         frames (T, 3, H, W) uint8; metadata; frames per second after sampling.
     """
-    from qwen_vl_utils import vision_process
-
-    clip = FileClip(part["video"], every_frame=False)
+    # Not an import statement: transformers would demand the package of everyone who loads this file from the Hub.
+    vision_process = importlib.import_module("qwen_vl_utils.vision_process")
+    source = resolve_source(part["video"], argument="video")
+    clip = FileClip(source.readable, False, source.name)
     source = clip.source
     first, last, total = vision_process.calculate_video_frame_range(part, source.num_frames, source.fps)
     count = vision_process.smart_nframes(part, total_frames=total, video_fps=source.fps)
@@ -63,8 +67,9 @@ class FileClip:
     order. `gops` lists the keys of each group of pictures, in file order, so that `_decode` can skip groups.
     """
 
-    def __init__(self, path: str | os.PathLike, every_frame: bool):
-        self.path = os.fspath(path).removeprefix("file://")
+    def __init__(self, source: Any, every_frame: bool, name: str | None = None):
+        self.file = source if hasattr(source, "read") else os.fspath(source)
+        self.path = name or (self.file if isinstance(self.file, str) else "video in memory")
         self.keys: list[int] = []
         self.gops: list[list[int]] | None = None
         self.quarter_turns, self.size = 0, (0, 0)
@@ -111,7 +116,7 @@ class FileClip:
         gops: list[list[int | None]] = []
         end_of_video = end_of_file = last_duration = 0.0
         cut_packet = joined_late = False
-        with _open(self.path) as container:
+        with _open(self.file, self.path) as container:
             stream = _video_stream(container, self.path)
             for packet in _packets(container, self.path):
                 if packet.pts is not None and packet.time_base:
@@ -185,7 +190,7 @@ class FileClip:
         """
         missing = None if wanted is None else set(wanted)
         needed = None if self.gops is None or wanted is None else _needed_gops(self.gops, wanted)
-        with _open(self.path) as container:
+        with _open(self.file, self.path) as container:
             stream = _video_stream(container, self.path)
             stream.thread_type = "AUTO"
             decoder = stream.codec_context
@@ -259,19 +264,21 @@ def _needed_gops(gops: Sequence[Sequence[int]], wanted: set[int]) -> list[bool]:
     return needed
 
 
-def _open(path: str):
+def _open(file: Any, path: str):
     """An opened container, for `with`."""
     if av is None:
         raise ImportError("reading video files needs PyAV: pip install av")
-    if "://" in path:
-        raise ValueError(f"{path}: videos are not downloaded; save the file and give its path")
-    if not os.path.exists(path):
+    in_memory = not isinstance(file, str)
+    if in_memory:
+        file.seek(0)
+    elif not os.path.exists(file):
         raise ValueError(f"{path}: there is no such video file")
-    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+    elif not os.path.isfile(file) or os.path.getsize(file) == 0:
         raise ValueError(f"{path}: not a video file, or an empty one")
     try:
-        # A playlist must not make the reader open anything else than files.
-        return av.open(path, options={"protocol_whitelist": "file"})
+        # A playlist must not make the reader open anything else than files, and from memory, nothing.
+        whitelist = "none" if in_memory else "file"
+        return av.open(file if in_memory else f"file:{file}", container_options={"protocol_whitelist": whitelist})
     except (av.FFmpegError, OSError) as error:
         raise ValueError(f"{path}: cannot be opened as a video: {error}") from error
 
