@@ -5,7 +5,7 @@ returns the chosen frames, resized.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,13 +26,15 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
     from sources_videonsa import is_image_reference, is_reference, resolve_source
 
 
-@dataclass(frozen=True)
 class VideoRequest:
-    """A video as the caller gave it, with the options and the metadata that came with it."""
+    """A video as the caller gave it, with the options and the metadata that came with it.
 
-    video: Any
-    options: VideoOptions = field(default_factory=VideoOptions)
-    metadata: VideoMetadata | None = None
+    No dataclass: transformers 5.24 makes dicts of those that it finds in a conversation.
+    """
+
+    def __init__(self, video: Any, options: VideoOptions | None = None, metadata: VideoMetadata | None = None):
+        self.video, self.metadata = video, metadata
+        self.options = VideoOptions() if options is None else options
 
     @property
     def is_untimed(self) -> bool:

@@ -478,7 +478,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             request = video if isinstance(video, VideoRequest) else VideoRequest(video)
             asked = VideoOptions(**{**options, "fps": rate})
             mine = self._within_limit(request.options, asked.max_pixels_per_frame or self.max_pixels_per_frame)
-            requests.append(replace(request, options=mine.over(asked), metadata=request.metadata or entry))
+            requests.append(VideoRequest(request.video, mine.over(asked), request.metadata or entry))
         return requests
 
     @staticmethod

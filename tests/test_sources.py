@@ -1,6 +1,7 @@
 """Videos and images as paths, URIs, bytes and files: all are the same video, and a bad one is a short ValueError."""
 
 import base64
+import dataclasses
 import http.server
 import io
 import os
@@ -20,6 +21,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 import sources_videonsa
+from frames_videonsa import VideoRequest
 from sources_videonsa import Source, is_image_reference, load_images, resolve_source
 
 TINY = ROOT / "checkpoints" / "tiny"
@@ -194,6 +196,11 @@ def png() -> bytes:
 )
 def test_every_way_to_write_a_video(processor, expected, awkward, write, key):
     assert_same(chat(processor, {"type": "video", key: write(awkward)}), expected)
+
+
+def test_requests_survive_in_conversations():
+    """transformers 5.24 makes dicts of the dataclasses in a conversation, and lists of its tuples."""
+    assert not dataclasses.is_dataclass(VideoRequest) and not issubclass(VideoRequest, (tuple, dict))
 
 
 def test_a_relative_path_after_file(processor, expected, awkward, monkeypatch):
