@@ -1,7 +1,10 @@
 """Videos that are files: which frames are read, how they look, and what happens where they cannot be read."""
 
+import io
 import json
+import logging
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -12,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from moving_shapes import draw_frame
 from PIL import Image
 from processor_testing import ROOT, apply, build_processor, message, numbered, numbered_video, numbers, read
 
@@ -168,25 +172,6 @@ def test_frames_cut_away_by_an_edit_list_are_not_shown(processor, tmp_path):
     assert seen == [*range(10, 50)]
 
 
-@pytest.mark.parametrize("turns, matrix", [(1, (0, -1, 1, 0)), (2, (-1, 0, 0, -1)), (3, (0, 1, -1, 0))])
-def test_rotation_is_applied(processor, tmp_path, turns, matrix):
-    picture = np.zeros((56, 112, 3), np.uint8)
-    picture[:28, :28] = 255
-    path = write_video(tmp_path / "a.mp4", [picture] * 4, 2)
-    content = bytearray(path.read_bytes())
-    # The display matrix (a b u, c d v, x y w) of the track header, ISO/IEC 14496-12, 8.3.2.
-    start = content.index(b"tkhd") + 4 + 4 + 20 + 16
-    assert struct.unpack_from(">9i", content, start) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    a, b, c, d = (value * 65536 for value in matrix)
-    struct.pack_into(">9i", content, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-    plan = processor.plan_video(path)
-    expected = np.rot90(picture, turns)
-    assert (plan.height, plan.width) == expected.shape[:2]
-    frames = FileClip(path, False).read(plan, lambda frames, plan: frames)
-    assert np.abs(frames[0].permute(1, 2, 0).numpy().astype(int) - expected).max() < 60
-
-
 def test_memory_holds_the_planned_frames_only(tmp_path):
     """Of 400 frames of 0.9 MB each, 20 are wanted, resized."""
     pictures = (np.full((480, 640, 3), i % 256, np.uint8) for i in range(400))
@@ -313,3 +298,236 @@ def test_very_short_videos(processor, tmp_path, count):
     if count == 1:  # the frame is repeated: both halves of every patch are equal
         patches = inputs["pixel_values_videos"].reshape(-1, 3, 2, 14, 14)
         assert torch.equal(patches[:, :, 0], patches[:, :, 1])
+
+
+# How frames look
+
+
+def encode(path: Path, frames, codec="libx264", fps=10, *, pix_fmt="yuv420p", options=None, **attributes) -> Path:
+    """A video whose stream and codec context carry `attributes` (colorspace, sample_aspect_ratio, ...)."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.pix_fmt, stream.thread_count = pix_fmt, 1
+        for name, value in attributes.items():
+            setattr(stream.codec_context, name, value)
+        for frame in frames:
+            stream.width, stream.height = frame.width, frame.height
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+# Kr, Kb of ITU-T H.273 table 4
+LUMA = {
+    1: (0.2126, 0.0722),
+    5: (0.299, 0.114),
+    6: (0.299, 0.114),
+    7: (0.212, 0.087),
+    9: (0.2627, 0.0593),
+    4: (0.3, 0.11),
+}
+
+
+def to_yuv(rgb: np.ndarray, matrix: int, full_range: bool) -> np.ndarray:
+    """(H, W, 3) uint8 of a colour matrix, from the definition in ITU-T H.273, 8.3."""
+    kr, kb = LUMA[matrix]
+    r, g, b = np.moveaxis(rgb / 255.0, -1, 0)
+    y = kr * r + (1 - kr - kb) * g + kb * b
+    cb, cr = (b - y) / (2 * (1 - kb)), (r - y) / (2 * (1 - kr))
+    scale, offset, chroma = (255, 0, 255) if full_range else (219, 16, 224)
+    yuv = np.stack([scale * y + offset, chroma * cb + 128, chroma * cr + 128], -1)
+    return np.clip(np.round(yuv), 0, 255).astype(np.uint8)
+
+
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [180, 90, 40]], np.uint8)
+
+
+@pytest.mark.parametrize("full_range", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("height, tag, matrix", [(48, 2, 6), (718, 2, 6), (720, 2, 1), *((48, m, m) for m in LUMA)])
+def test_colours_are_those_of_the_frames_own_matrix(tmp_path, height, tag, matrix, full_range):
+    shown = np.repeat(np.repeat(COLOURS[None], height, 0), 16, 1)
+    frame = av.VideoFrame.from_ndarray(np.moveaxis(to_yuv(shown, matrix, full_range), -1, 0), format="yuv444p")
+    frame.colorspace, frame.color_range = tag, 2 if full_range else 1
+    attributes = {"colorspace": tag, "color_range": frame.color_range}
+    path = encode(tmp_path / "a.mkv", [frame], pix_fmt="yuv444p", options={"qp": "0"}, **attributes)
+    read = FileClip(path, False).read_unresized([0])[0].permute(1, 2, 0).numpy()
+    # One step of 8 bits in chroma is up to 2 x 0.94 x 255 / 224 in a colour; libswscale's tables are rounded once more.
+    assert np.abs(read[:, 8::16].astype(int) - shown[:, 8::16]).max() <= 4
+
+
+def test_a_matrix_that_cannot_be_converted_is_an_error(tmp_path):
+    frame = av.VideoFrame.from_ndarray(np.full((3, 48, 64), 100, np.uint8), format="yuv444p")
+    frame.colorspace = 14  # ICtCp
+    path = encode(tmp_path / "a.mkv", [frame], pix_fmt="yuv444p", colorspace=14)
+    with pytest.raises(ValueError, match="colour matrix 14"):
+        FileClip(path, False).read_unresized([0])
+
+
+@pytest.mark.parametrize("transpose, flip_x, flip_y", [*np.ndindex(2, 2, 2)])
+def test_the_whole_display_matrix_is_applied(tmp_path, transpose, flip_x, flip_y):
+    picture = np.zeros((56, 112, 3), np.uint8)
+    picture[:28, :28], picture[28:, :28] = 255, 120
+    path = write_video(tmp_path / "a.mp4", [picture] * 2, 2)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"tkhd") + 4 + 4 + 20 + 16
+    # ISO/IEC 14496-12, 8.3.2: a pixel (x, y) is shown at (a x + c y, b x + d y).
+    x, y = (-1 if flip_x else 1) * 65536, (-1 if flip_y else 1) * 65536
+    a, b, c, d = (0, y, x, 0) if transpose else (x, 0, 0, y)
+    struct.pack_into(">9i", content, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    expected = picture.transpose(1, 0, 2) if transpose else picture
+    expected = expected[:: -1 if flip_y else 1, :: -1 if flip_x else 1]
+    clip = FileClip(path, False)
+    assert (clip.source.height, clip.source.width) == expected.shape[:2]
+    assert np.abs(clip.read_unresized([0])[0].permute(1, 2, 0).numpy().astype(int) - expected).max() < 60
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+@pytest.mark.parametrize("aspect, size", [((2, 1), (56, 224)), ((1, 2), (112, 112)), ((1, 1), (56, 112))])
+def test_pixels_that_are_not_square_are_shown_as_wide_as_they_are(processor, tmp_path, suffix, aspect, size):
+    frames = [av.VideoFrame.from_ndarray(np.full((56, 112, 3), 99, np.uint8), format="rgb24")] * 4
+    path = encode(tmp_path / f"a.{suffix}", frames, sample_aspect_ratio=Fraction(*aspect))
+    plan = processor.plan_video(path)
+    assert (plan.height, plan.width) == size
+    inputs = apply(processor, message({"type": "video", "video": path}))
+    assert inputs["video_grid_thw"][0, 1:].tolist() == [side // 14 for side in size]
+
+
+@pytest.mark.parametrize(
+    "codec, suffix, pix_fmt", [("png", "mov", "rgba"), ("ffv1", "mkv", "yuva420p"), ("libvpx-vp9", "webm", "yuva420p")]
+)
+def test_transparent_videos_are_on_white(tmp_path, codec, suffix, pix_fmt):
+    picture = np.zeros((56, 112, 4), np.uint8)
+    picture[:, :56], picture[:, 56:] = (255, 0, 0, 255), (0, 255, 0, 0)
+    frames = [av.VideoFrame.from_ndarray(picture, format="rgba")] * 3
+    path = encode(tmp_path / f"a.{suffix}", frames, codec, pix_fmt=pix_fmt)
+    read = FileClip(path, False).read_unresized([0])[0].permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(read[28, 20] - (255, 0, 0)).max() < 12 and np.abs(read[28, 90] - 255).max() < 12
+
+
+def test_the_size_may_change_in_the_middle(processor, tmp_path):
+    """Two recordings one after the other; frames get the size of the first."""
+    parts = [
+        write_video(tmp_path / f"{i}.ts", [np.full((56 * i, 56 * i, 3), 80 * i, np.uint8)] * 10, 10) for i in (1, 2)
+    ]
+    path = tmp_path / "both.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    frames = FileClip(path, False).read_unresized(range(20))
+    assert frames.shape == (20, 3, 56, 56)
+    assert np.abs(frames.float().mean((1, 2, 3)).numpy() - np.repeat([80, 160], 10)).max() < 3
+    assert apply(processor, message({"type": "video", "video": path}), fps=10)["video_grid_thw"].tolist() == [
+        [10, 4, 4]
+    ]
+
+
+# What the container says, and what counts
+
+
+@pytest.mark.parametrize("name, codec", [("a.h264", "libx264"), ("a.hevc", "libx265"), ("a.m2v", "mpeg2video")])
+@pytest.mark.parametrize("rate", [24, 50])
+def test_raw_streams_have_the_rate_that_their_codec_states(tmp_path, name, codec, rate):
+    skip_without(codec)
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write_video(tmp_path / name, [numbered(i) for i in range(50)], rate, codec=codec, options=options)
+    source = FileClip(path, False).source
+    assert (source.num_frames, source.fps, source.notes) == (50, rate, ())
+
+
+def test_a_rate_that_nobody_states_is_assumed_and_said(tmp_path):
+    path = tmp_path / "a.mjpeg"
+    with av.open(str(path), "w", format="mjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 224, 56, "yuvj420p"
+        for i in range(10):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i), format="rgb24")))
+        container.mux(stream.encode())
+    source = FileClip(path, False).source
+    assert source.fps == 25 and any("25 a second are assumed" in note for note in source.notes)
+
+
+@pytest.mark.parametrize(
+    "defaults, expected", [((False, True), 1), ((True, False), 0), ((False, False), 1), ((True, True), 1)]
+)
+def test_the_default_track_counts_then_the_largest(tmp_path, defaults, expected):
+    """A preview of 56 x 56 pixels comes before the film of 112 x 112."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as container:
+        streams = []
+        for size, default in zip((56, 112), defaults, strict=True):
+            stream = container.add_stream("libx264", rate=10)
+            stream.width = stream.height = size
+            stream.pix_fmt = "yuv420p"
+            stream.disposition = av.stream.Disposition.default.value if default else 0
+            streams.append(stream)
+        for _ in range(5):
+            for stream in streams:
+                picture = np.full((stream.height, stream.width, 3), 50, np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
+    assert FileClip(path, False).source.height == (56, 112)[expected]
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_playlist_opens_nothing_but_files(tmp_path, in_memory):
+    """Not the network, and from memory nothing at all."""
+    secret = numbered_video(tmp_path / "secret.ts")
+    for target in (secret.name, secret.as_uri(), "http://127.0.0.1:9/a.ts"):
+        text = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{target}\n#EXT-X-ENDLIST\n"
+        playlist = tmp_path / "list.m3u8"
+        playlist.write_text(text)
+        source = io.BytesIO(text.encode()) if in_memory else playlist
+        if not in_memory and "http" not in target:
+            assert FileClip(source, False).source.num_frames == 50
+        else:
+            with pytest.raises(ValueError):
+                FileClip(source, False)
+
+
+# Damage
+
+
+def overwrite(path: Path, start: float, count: int) -> Path:
+    """`count` bytes, from that share of the media data on."""
+    content = bytearray(path.read_bytes())
+    first = content.index(b"mdat") + 8
+    first += round((content.rindex(b"moov") - first) * start)
+    content[first : first + count] = np.random.default_rng(0).bytes(count)
+    damaged = path.with_name("damaged.mp4")
+    damaged.write_bytes(content)
+    return damaged
+
+
+@pytest.fixture(scope="module")
+def long_video(tmp_path_factory):
+    """20 seconds of ten groups of pictures."""
+    frames = (draw_frame(i / 10, 2, 224, 112) for i in range(200))
+    options = {"g": "20", "sc_threshold": "0", "bf": "2", "crf": "18"}
+    return write_video(tmp_path_factory.mktemp("long") / "a.mp4", frames, 10, options=options)
+
+
+def test_small_damage_is_said_and_the_last_good_frame_is_held(long_video, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    whole = FileClip(long_video, False).read_unresized(range(200))
+    clip = FileClip(overwrite(long_video, 0.55, 300), False)
+    with caplog.at_level("WARNING"):
+        read = clip.read_unresized(range(200))
+    good = [torch.equal(one, other) for one, other in zip(read, whole, strict=True)]
+    bad = [i for i, same in enumerate(good) if not same]
+    assert 0 < len(bad) <= 20  # up to the end of one group of pictures, no further
+    (said,) = [record.getMessage() for record in caplog.records if "damaged" in record.getMessage()]
+    first, last = map(float, re.search(r"damaged at ([\d.]+) to ([\d.]+) s:", said).groups())
+    assert first <= bad[0] / 10 and bad[-1] / 10 <= last < first + 2
+    for i in range(round(10 * first), round(10 * last) + 1):  # what was on the screen before, not garbage
+        assert any(torch.equal(read[i], whole[j]) for j in range(max(0, i - 20), i))
+
+
+def test_much_damage_is_refused(long_video):
+    with pytest.raises(ValueError, match=r"damaged at .* s: \d+ of the 200 frames needed cannot be decoded"):
+        FileClip(overwrite(long_video, 0.2, 10**4), False).read_unresized(range(200))
+
+
+def test_damage_beside_what_is_wanted_is_no_matter(long_video, caplog):
+    clip = FileClip(overwrite(long_video, 0.55, 300), False)
+    clip.read_unresized([0, 30, 60, 160, 199])
+    assert not [record for record in caplog.records if "damaged" in record.getMessage()]
