@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
@@ -41,6 +42,7 @@ logger = logging.get_logger(__name__)
 MAX_DAMAGED_SHARE = 0.1
 """Of the wanted frames; see the top of this file."""
 
+_WAITING_BYTES = 16 << 20
 _MAX_THREADS = 32  # libavcodec takes 16 at most by itself
 
 # Codecs whose decoders are seeked by every player: they may use a thread for each frame, and be drained and reused.
@@ -96,30 +98,47 @@ class FileClip:
             ValueError: too much of them is damaged.
         """
 
-        def to_size(frame: Any) -> torch.Tensor:
-            return resize(torch.from_numpy(convert(frame)).permute(2, 0, 1)[None], plan)[0]
-
-        convert = RgbConverter(self.name)
-        return self._read(plan.frame_indices, (plan.height, plan.width), to_size)
+        return self._read(plan.frame_indices, (plan.height, plan.width), None, lambda frames: resize(frames, plan))
 
     def read_unresized(self, indices: Sequence[int]) -> torch.Tensor:
         """The frames with these numbers in the size in which the first is shown, (T, 3, H, W) uint8."""
         size = self.source.height, self.source.width
-        convert = RgbConverter(self.name)
-        return self._read(indices, size, lambda frame: torch.from_numpy(convert(frame, size)).permute(2, 0, 1))
+        return self._read(indices, size, size, lambda frames: frames)
 
     def _read(
-        self, indices: Sequence[int], size: tuple[int, int], to_size: Callable[[Any], torch.Tensor]
+        self,
+        indices: Sequence[int],
+        size: tuple[int, int],
+        converted_size: tuple[int, int] | None,
+        resize: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
+        """Frames of a size, made from frames of `converted_size`, None for the size as stored, by `resize`."""
         frames = torch.empty((len(indices), 3, *size), dtype=torch.uint8)
+        convert = RgbConverter(self.name)
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
             places.setdefault(self.listing.numbers[index], []).append(place)
+        # Several at a time, and copied by numpy: waking torch's threads for a frame costs more than resizing it.
+        waiting: list[tuple[list[int], np.ndarray]] = []
+
+        def finish() -> None:
+            if waiting:
+                pictures = np.stack([picture for _, picture in waiting])
+                resized = resize(torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
+                for (slots, _), picture in zip(waiting, resized, strict=True):
+                    frames.numpy()[slots] = picture
+                waiting.clear()
 
         def take(number: int, frame: Any) -> None:
-            frames[places[number]] = to_size(frame)
+            picture = convert(frame, converted_size)
+            if waiting and waiting[0][1].shape != picture.shape:
+                finish()
+            waiting.append((places[number], picture))
+            if len(waiting) * picture.size >= _WAITING_BYTES:
+                finish()
 
         reading = self._decode_wanted(set(places), take)
+        finish()
         lost = places.keys() - reading.good
         if not lost:
             return frames
@@ -135,6 +154,7 @@ class FileClip:
             frames[held[number]] = frames[places[number][0]].clone()
         places = {number: held[number] for number in held.keys() - reading.good}
         again = self._decode_carefully(places.keys(), take)
+        finish()
         if places.keys() - again.good:
             raise ValueError(f"{self.name}: does not read twice alike; is it being written?")
         return frames

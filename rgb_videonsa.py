@@ -132,7 +132,7 @@ class RgbConverter:
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
         )
         steps = [
-            graph.add("scale", f"w={size[1]}:h={size[0]}:out_range=pc{colours}"),
+            graph.add("scale", f"w={size[1]}:h={size[0]}:out_range=pc:threads=1{colours}"),
             graph.add("format", f"pix_fmts={'rgba' if has_alpha else 'rgb24'}"),
             graph.add("buffersink"),
         ]
