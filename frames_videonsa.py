@@ -33,7 +33,7 @@ class VideoRequest:
     """
 
     def __init__(self, video: Any, options: VideoOptions | None = None, metadata: VideoMetadata | None = None):
-        self.video, self.metadata = video, metadata
+        self.video, self.metadata = video, _metadata_of_batch(video) if metadata is None else metadata
         self.options = VideoOptions() if options is None else options
 
     @property
@@ -123,16 +123,18 @@ def _flatten_array(videos: Any) -> Iterator[Any]:
                 "need an axis of one channel, or of one picture with alpha, which needs its channels last"
             )
         yield array[None]
-    elif getattr(videos, "pts_seconds", None) is not None and len(array) > 1:
-        # torchcodec's batch tells when its frames are shown.
-        seconds = np.asarray(videos.pts_seconds, dtype=float)
-        rate = float((len(array) - 1) / (seconds[-1] - seconds[0])) if seconds[-1] > seconds[0] else None
-        yield VideoRequest(
-            array,
-            metadata=VideoMetadata(total_num_frames=len(array), fps=rate, frames_indices=list(range(len(array)))),
-        )
     else:
-        yield array
+        yield videos
+
+
+def _metadata_of_batch(video: Any) -> VideoMetadata | None:
+    """torchcodec's batches tell when their frames are shown."""
+    seconds = getattr(video, "pts_seconds", None)
+    seconds = np.asarray([] if seconds is None else seconds, dtype=float).reshape(-1)
+    if len(seconds) < 2 or seconds[-1] <= seconds[0]:
+        return None
+    rate = float((len(seconds) - 1) / (seconds[-1] - seconds[0]))
+    return VideoMetadata(total_num_frames=len(seconds), fps=rate, frames_indices=list(range(len(seconds))))
 
 
 def flatten_metadata(metadata: Any) -> Iterator[VideoMetadata | None]:

@@ -75,12 +75,19 @@ def parse_conversation(conversation: Any, templates: str, *, is_read: bool) -> A
     Raises:
         ValueError: something in it that would be ignored, or contradicts itself.
     """
-    conversation = _as_list(conversation)
-    if not conversation:
+    items = _as_list(conversation)
+    if not items:
         raise ValueError(f"a conversation must be a list of messages, got {_shown(conversation)}")
-    if any(_as_list(single) is not None for single in conversation):
-        return [parse_conversation(single, templates, is_read=is_read) for single in conversation]
-    return [_parse_message(message, templates, is_read) for message in conversation if not _is_absent(message)]
+    if any(_as_list(single) is not None for single in items):
+        return [parse_conversation(single, templates, is_read=is_read) for single in items]
+    return [_parse_message(message, templates, is_read) for message in items if not _is_absent(message)]
+
+
+def holds_images(conversation: Any) -> bool:
+    """Whether an `ImageRequest` is in what `parse_conversation` returned."""
+    if isinstance(conversation, Mapping):
+        return isinstance(conversation.get("image"), ImageRequest) or holds_images(conversation.get("content"))
+    return isinstance(conversation, list) and any(map(holds_images, conversation))
 
 
 def without_none(value: Any) -> Any:

@@ -49,6 +49,11 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str], place: str = "") 
             raise ValueError(f"`{name}`{where} is not an option of VideoNSAProcessor{hint}")
 
 
+def is_refused(name: str, value: Any) -> bool:
+    """Whether an option is among those refused, and asks for something else than what is done anyway."""
+    return name in REFUSED_OPTIONS and value is not None and value is not (name == "do_convert_rgb")
+
+
 def call_keywords(processor: Any) -> set[str]:
     """What a call of the processor takes besides texts, images and videos."""
     keywords = {*OWN_OPTIONS, "return_mm_token_type_ids", "return_text_replacement_offsets", "common_kwargs"}
@@ -96,8 +101,7 @@ def sort_options(processor: Any, named: dict[str, Any], kwargs: dict[str, Any]) 
     refuse_unknown(kwargs.get("text_kwargs") or {}, TextKwargs.__annotations__, "`text_kwargs`")
     refuse_unknown(kwargs.get("audio_kwargs") or {}, (), "`audio_kwargs`")
     for name, value in (*kwargs.items(), *videos_kwargs.items(), *images_kwargs.items()):
-        done_anyway = name == "do_convert_rgb"
-        if name in REFUSED_OPTIONS and value is not None and value is not done_anyway:
+        if is_refused(name, value):
             raise ValueError(f"`{name}` cannot be set in a call: {REFUSED_OPTIONS[name]}")
 
     # Keywords that transformers handles for images, and that are handled here for videos.
@@ -211,14 +215,13 @@ def warn_of_overridden(mine: VideoOptions, asked: VideoOptions) -> None:
     """Say what a call asks in vain of a video, since its message asks for something else."""
     lost = []
     for name in ("fps", "num_frames", "max_frames", "min_pixels_per_frame"):
-        rivals = ("fps", "num_frames") if name in ("fps", "num_frames") else (name,)
-        if name == "max_frames" and mine.num_frames is not None:
-            rivals = ("num_frames",)
         value = getattr(asked, name)
-        for rival in rivals:
+        rivals = ("fps", "num_frames") if name in ("fps", "num_frames") else (name,)
+        rivals = ("max_frames", "num_frames") if name == "max_frames" else rivals
+        for rival in rivals if value is not None else ():
             own = getattr(mine, rival)
-            harmless = own == value if rival == name else name == "max_frames" and own <= (value or own)
-            if value is not None and own is not None and not harmless:
+            agrees = own is None or (own <= value if name == "max_frames" else (rival, own) == (name, value))
+            if not agrees:
                 lost.append(f"{name}={value} of the call gives way to {rival}={own} of a video in a message")
     if lost:
         logger.warning_once("; ".join(lost))

@@ -61,13 +61,9 @@ def to_rgb(image: Image.Image, argument: str) -> Image.Image:
         grey[values == transparent if isinstance(transparent, int) else ()] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
-        values = np.asarray(image)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 255:
-            raise ValueError(
-                f"`{argument}`: an image of mode {image.mode} has values from {values.min():g} to {values.max():g}, "
-                "and its mode tells no range; bring them to 0 to 255"
-            )
-        return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+        values = torch.from_numpy(np.array(image)).float()
+        check_values(values, f"{argument}` of mode `{image.mode}")
+        return Image.fromarray(values.round().byte().numpy()).convert("RGB")
     try:
         if {"A", "a"} & set(image.getbands()) or transparent is not None:
             image = image.convert("LA") if image.mode == "La" else image

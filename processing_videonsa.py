@@ -34,7 +34,7 @@ try:
     from .files_videonsa import read_for_qwen_vl_utils
     from .frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from .hub_videonsa import PushMixin
-    from .messages_videonsa import ImageRequest, parse_conversation
+    from .messages_videonsa import ImageRequest, holds_images, parse_conversation
     from .options_videonsa import (
         OWN_OPTIONS,
         REFUSED_OPTIONS,
@@ -42,6 +42,7 @@ try:
         call_keywords,
         image_limits,
         image_size,
+        is_refused,
         options_of,
         refuse_unknown,
         reset_options,
@@ -64,7 +65,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
     from files_videonsa import read_for_qwen_vl_utils
     from frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from hub_videonsa import PushMixin
-    from messages_videonsa import ImageRequest, parse_conversation
+    from messages_videonsa import ImageRequest, holds_images, parse_conversation
     from options_videonsa import (
         OWN_OPTIONS,
         REFUSED_OPTIONS,
@@ -72,6 +73,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
         call_keywords,
         image_limits,
         image_size,
+        is_refused,
         options_of,
         refuse_unknown,
         reset_options,
@@ -167,6 +169,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         size = SizeDict(shortest_edge=self.min_pixels_per_frame, longest_edge=self.max_pixels_per_frame)
         self.video_processor.size = size
         self.video_processor.cap_pixels_per_frame = False  # unset, it warns in every call
+        for name in options_of(self.video_processor).keys() & {"fps", "num_frames", "max_frames"}:
+            value, stock = getattr(self, name), getattr(type(self.video_processor), name, None)
+            setattr(self.video_processor, name, stock if value is None else value)
 
     def to_dict(self) -> dict[str, Any]:
         self._sync_video_processor()
@@ -189,8 +194,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             close = difflib.get_close_matches(name, OWN_OPTIONS, n=1, cutoff=0.85)
             if close and name not in OWN_OPTIONS:
                 raise ValueError(f"`{name}` is not an option of {cls.__name__}; did you mean `{close[0]}`?")
-            if name in REFUSED_OPTIONS and kwargs[name] is not None and "patch" not in name and name != "merge_size":
+            if is_refused(name, kwargs[name]) and "patch" not in name and name != "merge_size":
                 raise ValueError(f"`{name}` is not an option of {cls.__name__}: {REFUSED_OPTIONS[name]}")
+        stored = processor_dict
         # An explicit `fps` replaces a stored `num_frames` and the reverse.
         if kwargs.get("fps") is not None or kwargs.get("num_frames") is not None:
             processor_dict = processor_dict | {"fps": None, "num_frames": None}
@@ -200,10 +206,10 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             value = kwargs.get(name) or size.get(edge)
             if value is not None:
                 kwargs.setdefault(f"{name}_per_frame", value)
-        options = {**processor_dict, **kwargs}
         for part in args:
             if hasattr(part, "temporal_patch_size") and hasattr(part, "min_frames"):  # the video processor
-                unused = {name: value for name, value in options_of(part).items() if options.get(name) != value}
+                known = [(source.get(name), name) for source in (stored, kwargs) for name in source]
+                unused = {name: value for name, value in options_of(part).items() if (value, name) not in known}
                 if unused:
                     logger.warning_once(
                         f"Of the saved video processor {unused} is not used: the options of {cls.__name__} count"
@@ -444,6 +450,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             inner = kwargs.get("processor_kwargs") or {}
             for name in mine.keys() & inner.keys():
                 raise ValueError(f"`{name}` was given twice: as a keyword and in `processor_kwargs`")
+            for name in ("text", "images", "videos", "audio"):
+                given = kwargs.get(name, inner.get(name))
+                # transformers takes the images of templates that have no place for them in messages.
+                if given is not None and (name != "images" or holds_images(conversation)):
+                    raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")
             # transformers asks to sample wherever a rate is given, which may also say how frames were sampled.
             kwargs["processor_kwargs"] = {"do_sample_frames": None, **inner, **mine}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
