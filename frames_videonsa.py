@@ -92,12 +92,16 @@ def flatten_videos(videos: Any) -> Iterator[Any]:
     Raises:
         ValueError: something that cannot be a video.
     """
-    if isinstance(videos, (str, os.PathLike, VideoRequest, VideoSource)):
+    if isinstance(videos, VideoRequest):
+        yield _only_video(videos)
+    elif isinstance(videos, (str, os.PathLike)):
+        yield [videos] if _is_picture(videos) else videos
+    elif isinstance(videos, VideoSource):
         yield videos
     elif isinstance(videos, Image.Image):
         yield [videos]
     elif isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Mapping):
-        yield VideoRequest(videos[0], metadata=_metadata(videos[1]))
+        yield _only_video(VideoRequest(videos[0], metadata=_metadata(videos[1])))
     elif isinstance(videos, (list, tuple)):
         if videos and all(_is_frame(item) for item in videos):
             yield list(videos)
@@ -106,6 +110,20 @@ def flatten_videos(videos: Any) -> Iterator[Any]:
                 yield from flatten_videos(item)
     else:
         yield from _flatten_array(videos)
+
+
+def _only_video(request: VideoRequest) -> VideoRequest:
+    """The request for a path or for frames, out of whatever nesting."""
+    videos = list(flatten_videos(request.video))
+    if not videos:
+        raise ValueError("a video given as frames has no frames")
+    if len(videos) > 1:
+        raise ValueError(
+            f"`videos` holds {len(videos)} videos where one is meant, in a message or a pair with metadata"
+        )
+    if isinstance(videos[0], VideoRequest):
+        return VideoRequest(videos[0].video, request.options, request.metadata or videos[0].metadata)
+    return VideoRequest(videos[0], request.options, request.metadata)
 
 
 def _flatten_array(videos: Any) -> Iterator[Any]:
@@ -159,7 +177,18 @@ def _is_frame(value: Any) -> bool:
     if isinstance(value, (str, os.PathLike)):
         return os.fspath(value).lower().endswith(IMAGE_SUFFIXES)
     array = as_array(value)
-    return isinstance(value, Image.Image) or (array is not None and array.ndim == 3)
+    return isinstance(value, Image.Image) or (array is not None and array.ndim in (2, 3))
+
+
+def _is_picture(path: str | os.PathLike) -> bool:
+    """Whether this is the file of one still picture, which is read as frames are; some formats hold films too."""
+    if not _is_frame(path):
+        return False
+    try:
+        with Image.open(os.fspath(path).removeprefix("file://")) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False  # the reader of videos will say what is wrong with it
 
 
 class FrameClip:
@@ -178,7 +207,7 @@ class FrameClip:
             rate = self.known.sampled_fps
             # Frames whose timing is known can be sampled once more by asking for a rate.
             presampled = presampled and request.options.fps is None and not do_sample_frames
-        elif do_sample_frames and request.options.num_frames is None:
+        elif do_sample_frames and request.options.num_frames is None and count > 1:
             raise ValueError(
                 "`do_sample_frames`=True needs `num_frames`, or the timing of the frames: `video_metadata` with `fps` "
                 f"and `total_num_frames`; a video of {count} frames has none (`fps` alone says how they were sampled)"

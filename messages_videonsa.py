@@ -123,7 +123,7 @@ def _parse_message(message: Any, templates: str, is_read: bool) -> dict[str, Any
     if not isinstance(message.get("role"), str):
         raise ValueError(f"`role` of a message must be a text, got {_shown(message.get('role'))}")
     for key in [key for key in message if key not in ("role", "content")]:
-        if re.search(rf"\b{re.escape(str(key))}\b", templates):
+        if _is_used(str(key), templates):
             continue
         if message[key] not in ("", False) and not (hasattr(message[key], "__len__") and len(message[key]) == 0):
             raise ValueError(f"`{key}` of a message would be ignored: the chat template does not use it")
@@ -135,6 +135,17 @@ def _parse_message(message: Any, templates: str, is_read: bool) -> dict[str, Any
     if parts is None:
         raise ValueError(f"`content` of a message must be a text or a list of parts, got {_shown(content)}")
     return {**message, "content": [_parse_part(part, is_read) for part in parts if not _is_absent(part)]}
+
+
+def _is_used(key: str, templates: str) -> bool:
+    """Whether chat templates look at a key of messages, called as the variables of loops over them are."""
+    names = [*re.findall(r"for\s+(\w+)\s+in\s+\w*messages\b", templates), r"messages\s*\[[^\]]*\]"]
+    message, key = f"(?:{'|'.join(names)})", re.escape(key)
+    places = (
+        rf"\b{message}\s*(?:\.|\[\s*['\"]|\.get\(\s*['\"]){key}\b",
+        rf"['\"]{key}['\"]\s+(?:not\s+)?in\s+{message}",
+    )
+    return any(re.search(place, templates) for place in places)
 
 
 def _parse_part(part: Any, is_read: bool) -> dict[str, Any]:

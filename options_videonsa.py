@@ -29,6 +29,8 @@ REFUSED_OPTIONS = {
     "crop_size": "what a picture shows is not cut",
     "do_pad": "pictures are resized, not padded",
     "pad_size": "pictures are resized, not padded",
+    "default_to_square": "pictures keep their shape",
+    "image_seq_length": "it follows from the size of the image",
     "cap_pixels_per_frame": "`max_pixels_per_frame` and `max_total_tokens` do its work",
     "max_video_tokens": "use `max_total_tokens`",
     "min_frames": f"sampling by `fps` takes at least {MIN_SAMPLED_FRAMES} frames, as Qwen2.5-VL does",
@@ -78,6 +80,7 @@ def sort_options(processor: Any, named: dict[str, Any], kwargs: dict[str, Any]) 
         ValueError: one that is unknown, given twice, has no effect, or contradicts another.
     """
     kwargs = {key: dict(value) if isinstance(value, Mapping) else value for key, value in kwargs.items()}
+    kwargs = {key: value for key, value in kwargs.items() if value is not None or not key.endswith("_kwargs")}
     for name, value in (kwargs.pop("common_kwargs", None) or {}).items():
         place = named if name in named else kwargs
         if place.get(name) is not None:

@@ -442,6 +442,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in templates:
                 raise ValueError(f"`{name}` would be ignored: the chat template does not use it")
+        if kwargs.get("load_audio_from_video"):
+            raise ValueError("`load_audio_from_video`=True is not supported: the model takes no audio")
         is_read = bool(kwargs.get("tokenize"))
         conversation = parse_conversation(conversation, templates, is_read=is_read)
         if is_read:
