@@ -58,7 +58,8 @@ def to_rgb(image: Image.Image, argument: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.uint16)
         grey = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-        grey[values == transparent if isinstance(transparent, int) else ()] = 255
+        if isinstance(transparent, int):
+            grey[values == transparent] = 255
         return Image.fromarray(grey).convert("RGB")
     if image.mode in ("I", "F"):
         values = torch.from_numpy(np.array(image)).float()
@@ -157,7 +158,7 @@ def check_values(frames: torch.Tensor, argument: str, white: float = WHITE) -> N
 def as_array(value: Any) -> np.ndarray | torch.Tensor | None:
     """What follows one of the protocols of arrays; None if nothing does. Tensors keep their device."""
     if isinstance(value, torch.Tensor):
-        return value.as_subclass(torch.Tensor)
+        return value if type(value) is torch.Tensor else value.as_subclass(torch.Tensor)
     if isinstance(value, np.ndarray):
         return value
     if isinstance(value, (str, bytes, Image.Image, np.generic)):
