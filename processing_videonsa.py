@@ -206,16 +206,20 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             value = kwargs.get(name) or size.get(edge)
             if value is not None:
                 kwargs.setdefault(f"{name}_per_frame", value)
+        found: dict[str, Any] = {}
         for part in args:
             if hasattr(part, "temporal_patch_size") and hasattr(part, "min_frames"):  # the video processor
-                known = [(source.get(name), name) for source in (stored, kwargs) for name in source]
-                unused = {name: value for name, value in options_of(part).items() if (value, name) not in known}
-                if unused:
-                    logger.warning_once(
-                        f"Of the saved video processor {unused} is not used: the options of {cls.__name__} count"
-                    )
+                found = options_of(part)
                 reset_options(part)
-        return super().from_args_and_dict(args, processor_dict, **kwargs)
+        loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        counts = {name: (stored.get(name), kwargs.get(name), getattr(processor, name, None)) for name in found}
+        unused = {name: value for name, value in found.items() if value not in counts[name]}
+        if unused:
+            logger.warning_once(
+                f"Of the saved video processor {unused} is not used: the options of {cls.__name__} count"
+            )
+        return loaded
 
     @staticmethod
     def register_qwen_vl_utils_reader() -> None:
