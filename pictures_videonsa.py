@@ -20,6 +20,13 @@ from PIL import Image, ImageOps
 from transformers.image_utils import ChannelDimension, load_image
 from transformers.utils import logging
 
+try:
+    from .rgb_videonsa import on_white
+except ImportError:  # `import processing_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from rgb_videonsa import on_white
+
 logger = logging.get_logger(__name__)
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
@@ -39,9 +46,7 @@ def flatten_alpha(pixels: np.ndarray) -> np.ndarray:
     colours, alpha = pixels[..., :3], pixels[..., 3:]
     if (alpha == 255).all():
         return np.ascontiguousarray(colours)
-    alpha = alpha.astype(np.uint16)
-    blend = colours * alpha + (255 - alpha) * 255 + 128  # at most 65,153
-    return (((blend >> 8) + blend) >> 8).astype(np.uint8)
+    return on_white(pixels)
 
 
 def to_rgb(image: Image.Image, argument: str) -> Image.Image:
