@@ -1,13 +1,9 @@
-"""What a call of the processor is given: every form of a video, options that would be ignored, processors with a size."""
+"""Videos in every form that a call takes, in messages too, and keys of messages that a template asks for."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from processor_testing import apply, build_processor, message, numbered, numbered_video
-from tiny_random import tiny_tokenizer
-from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
-
-from processing_videonsa import VideoNSAProcessor
 
 FRAMES = np.stack([numbered(i, width=56) for i in range(8)])
 
@@ -48,45 +44,6 @@ def test_a_picture_given_as_a_video_is_upright(processor, tmp_path, suffix):
     assert (plan.num_frames, plan.height, plan.width) == (1, 112, 56)
 
 
-def test_do_sample_frames_of_frames(processor):
-    def seen(**options):
-        inputs = processor(text="<|video_pad|>", videos=[FRAMES], return_tensors="pt", **options)
-        return inputs["video_grid_thw"][0, 0].item(), inputs["second_per_grid_ts"].item()
-
-    sampled = {"total_num_frames": 16, "fps": 8.0, "frames_indices": list(range(0, 16, 2))}
-    assert seen(video_metadata=sampled) == (4, 0.5)
-    assert seen(video_metadata=sampled, do_sample_frames=True) == (2, 1.0)
-    assert seen(do_sample_frames=True, num_frames=4) == (2, 2.0)
-    for rate in (None, 4):  # a rate alone says how they were sampled
-        with pytest.raises(ValueError, match="`do_sample_frames`=True needs `num_frames`, or the timing"):
-            seen(do_sample_frames=True, fps=rate)
-    # transformers turns a rate in `apply_chat_template` into `do_sample_frames=True`, which nobody asked for.
-    inputs = apply(processor, message({"type": "video", "video": list(FRAMES)}), fps=4)
-    assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"text_kwargs": {"paddin": True}}, "`paddin` in `text_kwargs`"),
-        ({"audio_kwargs": {"sampling_rate": 1}}, "`sampling_rate` in `audio_kwargs`"),
-        ({"common_kwargs": {"foo": 1}}, "`foo` is not an option"),
-        ({"images_kwargs": {"do_pad": True}}, "`do_pad` cannot be set"),
-        ({"images_kwargs": {"patch_size": 16}}, "`patch_size` cannot be set"),
-        ({"do_center_crop": True}, "`do_center_crop` cannot be set"),
-        ({"do_convert_rgb": False}, "`do_convert_rgb` cannot be set"),
-        ({"default_to_square": True}, "`default_to_square` cannot be set"),
-        ({"do_sample_frames": 1}, "`do_sample_frames` must be True, False or None, got 1"),
-        ({"load_audio_from_video": True}, "`load_audio_from_video`"),
-        ({"fps": 2, "processor_kwargs": {"fps": 2}}, "`fps` was given twice"),
-    ],
-    ids=str,
-)
-def test_keywords_that_would_be_ignored(processor, video, options, match):
-    with pytest.raises(ValueError, match=match):
-        apply(processor, message(video), **options)
-
-
 def test_keywords_that_are_none(processor, video):
     inputs = apply(processor, message(video), images_kwargs=None, videos_kwargs=None, do_pad=False, do_convert_rgb=True)
     assert inputs["video_grid_thw"].tolist() == [[2, 4, 16]]
@@ -100,28 +57,3 @@ def test_keys_of_messages_count_where_a_template_asks_messages_for_them(processo
         processor.apply_chat_template(messages)
     template = "{% for turn in messages %}{{ turn['" + key + "'][0] }}{% endfor %}"
     assert processor.apply_chat_template(messages, chat_template=template) == "a"
-
-
-def test_a_video_processor_keeps_what_it_brings(tmp_path):
-    def build(video_processor, **options) -> VideoNSAProcessor:
-        return VideoNSAProcessor(Qwen2VLImageProcessor(max_pixels=6272), tiny_tokenizer(), video_processor, **options)
-
-    size = {"shortest_edge": 6272, "longest_edge": 100352}
-    processor = build(Qwen2VLVideoProcessor(size=size))
-    assert (processor.min_pixels_per_frame, processor.max_pixels_per_frame) == (6272, 100352)
-    assert dict(processor.video_processor.size) == size and processor.image_processor.size["longest_edge"] == 6272
-    assert build(Qwen2VLVideoProcessor(max_pixels=784 * 9)).max_pixels_per_frame == 784 * 9
-    assert build(Qwen2VLVideoProcessor(), max_pixels_per_frame=784 * 9).max_pixels_per_frame == 784 * 9
-    assert build(Qwen2VLVideoProcessor(fps=4)).fps == 4
-    with pytest.raises(
-        ValueError, match="`max_pixels_per_frame`=50176 contradicts `video_processor`, which has 100352"
-    ):
-        build(Qwen2VLVideoProcessor(size=size), max_pixels_per_frame=50176)
-    with pytest.raises(ValueError, match="`video_processor` has min_frames=8"):
-        build(Qwen2VLVideoProcessor(min_frames=8))
-
-    processor.save_pretrained(tmp_path)
-    assert VideoNSAProcessor.from_pretrained(tmp_path).max_pixels_per_frame == 100352
-    # What is asked of `from_pretrained` goes before what was saved.
-    changed = VideoNSAProcessor.from_pretrained(tmp_path, max_pixels_per_frame=50176)
-    assert changed.max_pixels_per_frame == changed.video_processor.size["longest_edge"] == 50176

@@ -122,6 +122,8 @@ def test_options_in_common_kwargs(processor, path):
         ({"max_pixels": 784, "size": {"longest_edge": 3136}}, "`max_pixels`=784 contradicts `size`"),
         ({"do_convert_rgb": False}, "`do_convert_rgb` cannot be set in a call: the model takes RGB"),
         ({"do_center_crop": True}, "`do_center_crop` cannot be set"),
+        ({"default_to_square": True}, "`default_to_square` cannot be set"),
+        ({"images_kwargs": {"do_pad": True}}, "`do_pad` cannot be set"),
         ({"images_kwargs": {"patch_size": 16}}, "`patch_size` cannot be set"),
         ({"do_sample_frames": "no"}, "`do_sample_frames` must be True, False or None, got 'no'"),
         ({"do_sample_frames": 0}, "`do_sample_frames` must be .* got 0"),
@@ -136,6 +138,8 @@ def test_what_would_be_ignored_is_named(processor, path, options, match):
 def test_options_twice_in_a_conversation(processor, path):
     with pytest.raises(ValueError, match="`fps` was given twice: as a keyword and in `processor_kwargs`"):
         apply(processor, message({"type": "video", "video": path}), fps=2, processor_kwargs={"fps": 2})
+    with pytest.raises(ValueError, match="`load_audio_from_video`"):
+        apply(processor, message({"type": "video", "video": path}), load_audio_from_video=True)
 
 
 def test_sizes_of_images_and_videos_are_set_together_or_apart(processor, path):
