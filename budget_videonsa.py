@@ -6,8 +6,10 @@ https://github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils) as long as they fi
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -18,13 +20,30 @@ MIN_SAMPLED_FRAMES = 4
 """Frames that sampling by `fps` takes at least, if the video has them (qwen-vl-utils' FPS_MIN_FRAMES)."""
 
 
-def check_positive(name: str, value: Any, types: tuple[type, ...] = (int,)) -> None:
-    """Raise a ValueError that names the argument unless `value` is None or a positive number of one of `types`."""
+def check_positive(name: str, value: Any, types: tuple[type, ...] = (int,)) -> int | float | None:
+    """The value as a number of Python's.
+
+    Args:
+        value: None, or a number of Python, `fractions`, `decimal`, numpy or torch (an array or tensor without axes).
+        types: (int,) or (int, float).
+    Raises:
+        ValueError: not a positive, finite number of one of `types`; the argument is named. Booleans are no numbers.
+    """
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, types) or not math.isfinite(value) or value <= 0:
+        return None
+    number = _plain_number(value)
+    if not isinstance(number, types) or not math.isfinite(number) or number <= 0:
         kind = "integer" if types == (int,) else "number"
         raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}")
+    return number
+
+
+def _plain_number(value: Any) -> int | float | None:
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()  # numpy's scalars too
+    if isinstance(value, numbers.Integral):
+        return None if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, (numbers.Real, Decimal)) else None
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,9 @@ class VideoOptions:
         num_frames: frames to take.
         max_frames: limit on the frames that `fps` takes.
         min_pixels_per_frame, max_pixels_per_frame: pixels of a resized frame.
+        resized_height, resized_width: taken for the size of the frames, of which the resized one is made; both or none.
     Raises:
-        ValueError: a value that is not positive, or `fps` and `num_frames` together.
+        ValueError: a value that is not positive, or options that contradict each other.
     """
 
     fps: float | None = None
@@ -45,21 +65,36 @@ class VideoOptions:
     max_frames: int | None = None
     min_pixels_per_frame: int | None = None
     max_pixels_per_frame: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
 
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
             raise ValueError(
                 f"`fps` and `num_frames` exclude each other, got fps={self.fps!r} and num_frames={self.num_frames!r}"
             )
-        check_positive("fps", self.fps, (int, float))
-        for name in ("num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame"):
-            check_positive(name, getattr(self, name))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, check_positive(name, value, (int, float) if name == "fps" else (int,)))
+        if self.num_frames is not None and self.num_frames > (self.max_frames or self.num_frames):
+            raise ValueError(f"`num_frames`={self.num_frames} exceeds `max_frames`={self.max_frames}")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError(
+                f"`resized_height`={self.resized_height} and `resized_width`={self.resized_width} go together"
+            )
 
     def over(self, default: "VideoOptions") -> "VideoOptions":
-        """These options, completed from `default`; `fps` here replaces `num_frames` there and the reverse."""
+        """These options, completed from `default`; `fps` here replaces `num_frames` there and the reverse.
+
+        A limit on the frames holds for a number of frames that comes from `default`, not for one that is asked here.
+        """
         chosen = {name: value for name, value in vars(self).items() if value is not None}
         if "fps" in chosen or "num_frames" in chosen:
             default = replace(default, fps=None, num_frames=None)
+        if "num_frames" in chosen:
+            default = replace(default, max_frames=None)
+        elif "max_frames" in chosen and default.num_frames is not None:
+            even = self.max_frames - self.max_frames % 2 or 1  # numbers of frames are rounded to even ones, up too
+            default = replace(default, num_frames=min(default.num_frames, even), max_frames=None)
         return replace(default, **chosen)
 
     def check_pixels(self) -> None:
@@ -251,18 +286,19 @@ def _finest_rate(timestamps: Sequence[float]) -> float:
 def _size(source: VideoSource, options: VideoOptions, limit: int, patches: PatchSizes) -> tuple[int, int]:
     """(height, width) of resized frames when none may have more than `limit` pixels."""
     floor = max(options.min_pixels_per_frame, options.max_pixels_per_frame // 4)
+    height, width = options.resized_height or source.height, options.resized_width or source.width
     sizes = []
     for max_pixels in (options.max_pixels_per_frame, max(floor, min(limit, options.max_pixels_per_frame))):
         try:
             size = smart_resize(
-                source.height,
-                source.width,
+                height,
+                width,
                 factor=patches.spatial,
                 min_pixels=options.min_pixels_per_frame,
                 max_pixels=max_pixels,
             )
         except ValueError as error:
-            raise ValueError(f"{source.name}: frames of {source.height}x{source.width} pixels: {error}") from error
+            raise ValueError(f"{source.name}: frames of {height}x{width} pixels: {error}") from error
         sizes.append(size)
     # Frames of less than a patch can grow when the limit falls: `smart_resize` enlarges them towards it.
     return min(sizes, key=math.prod)

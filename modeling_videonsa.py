@@ -45,13 +45,13 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .hub_videonsa import PushMixin, save_kernel_folder
-    from .positions_videonsa import mrope_position_ids
+    from .positions_videonsa import check_media, mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from hub_videonsa import PushMixin, save_kernel_folder
-    from positions_videonsa import mrope_position_ids
+    from positions_videonsa import check_media, mrope_position_ids
 
 logger = logging.get_logger(__name__)
 
@@ -299,11 +299,12 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 0 for text, 1 for image, 2 for video tokens, as the processor returns them. Read off `input_ids` where
                 missing. Where vision tokens join a cache, the types of the cached tokens are needed too.
         Raises:
-            ValueError: the token types have another shape, are missing where they cannot be read off, or attention
-                weights are asked for of a call that computes none.
+            ValueError: the token types have another shape, are missing where they cannot be read off, attention
+                weights are asked for of a call that computes none, or pixels and their grid do not come together.
         """
         for name in kwargs.keys() & set(NSA_FIELDS):
             raise ValueError(f"`{name}` = {kwargs[name]!r} is no argument of a call: set model.config.{name}")
+        check_media(kwargs, self._placeholders, input_ids)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if past_key_values is not None and hasattr(past_key_values, "mrope_deltas"):
             self.rope_deltas = past_key_values.mrope_deltas  # not those of whatever prompt ran last
@@ -337,6 +338,10 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         if cache is not None:
             cache.mrope_deltas = self.rope_deltas
         return outputs
+
+    @property
+    def _placeholders(self) -> dict[str, int]:
+        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """0 for text, 1 for image, 2 for video tokens, by their placeholders."""
@@ -508,6 +513,11 @@ class VideoNSAForConditionalGeneration(
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Override: (4, batch, length), text and M-RoPE positions of the whole prompt, also on a kept cache."""
+        past = (
+            0 if model_kwargs.get("past_key_values") is None else int(model_kwargs["past_key_values"].get_seq_length())
+        )
+        is_ids = not inputs_tensor.is_floating_point()
+        check_media(model_kwargs, self.model._placeholders, inputs_tensor[:, past:] if is_ids else None)
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
         if image_grid is None and video_grid is None:

@@ -35,8 +35,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 DEFAULT_MAX_MEDIA_BYTES = 1 << 30
 DEFAULT_HTTP_TIMEOUT = 60.0
@@ -139,35 +137,6 @@ def resolve_source(reference: Any, *, argument: str, kind: str = "video") -> Sou
             content = _decode_base64(reference, argument, "base64 text")
             return _in_memory(content, f"base64 text of {len(content):,} bytes", argument)
     return Source(shorten(reference), path=reference)
-
-
-def load_images(images: Any) -> Any:
-    """`images` of a call to a processor, with every reference in it replaced by what transformers reads.
-
-    Args:
-        images: whatever nesting of lists of references, and of anything else, which is left as it is.
-    Returns:
-        the same nesting; paths as str, all other references as PIL images, upright.
-    Raises:
-        ValueError: as `resolve_source`; or what is there is no image.
-    """
-    if isinstance(images, (list, tuple)):
-        return [load_images(image) for image in images]
-    if not is_reference(images):
-        return images
-    source = resolve_source(images, argument="images", kind="image")
-    if source.path is not None:
-        if not os.path.isfile(source.path):
-            raise ValueError(f"`images` {source.name}: there is no such image file")
-        return source.path
-    try:
-        source.file.seek(0)
-        with Image.open(source.file) as image:
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError as error:  # whose message is about a Python object
-        raise ValueError(f"`images` {source.name}: not an image of a known format") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"`images` {source.name}: cannot be read as an image: {error}") from error
 
 
 def shorten(text: str) -> str:

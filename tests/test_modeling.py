@@ -464,7 +464,7 @@ def test_wrong_inputs_are_named(model, prompts):
         model(**inputs, nsa_mode="dense")
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(ValueError, match="`mm_token_type_ids` is needed"):
-        model(inputs_embeds=embeds, pixel_values_videos=inputs["pixel_values_videos"])
+        model(inputs_embeds=embeds, **{key: inputs[key] for key in ("pixel_values_videos", "video_grid_thw")})
     packed = torch.arange(47).remainder(45)
     for position_ids in (packed[None], packed.expand(3, 1, 47), packed.expand(4, 1, 47)):
         # Without a mask, text positions tell samples apart: tests/test_packing.py.

@@ -499,12 +499,12 @@ def test_frames_are_taken_as_sampled_unless_told_otherwise(processor):
     [
         ([], "no frames"),
         (np.zeros((0, 56, 56, 3), np.uint8), "not empty"),
-        (np.zeros((4, 56, 56, 4), np.uint8), "cannot tell the channels"),
+        (np.zeros((4, 4, 56, 4), np.uint8), "cannot tell the channels"),
         (np.zeros((4, 3, 56, 3), np.uint8), "cannot tell the channels"),
-        (np.zeros((56, 56)), "not empty, got shape"),
+        (np.zeros((56, 56)), "3 to 5 dimensions as an array, got shape"),
         ([Image.new("RGB", (56, 56)), Image.new("RGB", (28, 28))], "one size"),
-        (["a.png", "b.png"], "frame a.png cannot be read"),
-        (17, "got int"),
+        (["a.png", "b.png"], "image a.png cannot be read"),
+        (17, "holds a int"),
     ],
     ids=["none", "empty", "four channels", "three rows", "two axes", "two sizes", "missing files", "number"],
 )
@@ -711,7 +711,7 @@ def test_plain_qwen_processor_reads_the_root(root_with_tokenizer):
     [
         ({"type": "video_url", "video_url": {"url": "clip.mp4"}}, "`type` .* got 'video_url'"),
         ({"type": "vidoe", "vidoe": "clip.mp4"}, "`type` .* got 'vidoe'"),
-        ({"type": "video", "vidoe": "clip.mp4"}, "must be given as `video`, `url` or `path`, got type, vidoe"),
+        ({"type": "video", "vidoe": "clip.mp4"}, "must be given as `video`, `url`, `path`, got type, vidoe"),
     ],
     ids=["video_url", "vidoe", "no video"],
 )

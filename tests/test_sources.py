@@ -22,7 +22,7 @@ from transformers import AutoProcessor
 
 import sources_videonsa
 from frames_videonsa import VideoRequest
-from sources_videonsa import Source, is_image_reference, load_images, resolve_source
+from sources_videonsa import Source, is_image_reference, resolve_source
 
 TINY = ROOT / "checkpoints" / "tiny"
 SCENE = ROOT / "demo" / "scene.mp4"
@@ -236,7 +236,6 @@ def test_every_way_to_write_an_image(processor, tmp_path):
     for image in [*images, io.BytesIO(content)]:
         for key in ("image", "url", "path"):
             assert_same(chat(processor, {"type": "image", key: image}), expected)
-    assert load_images([[str(path)], [Image.open(path)]])[0] == [str(path)]
 
 
 @pytest.mark.parametrize(
