@@ -6,6 +6,7 @@ Written as a difference from transformers' Qwen2.5-VL. What is new:
   Qwen2.5-VL's own attention over all earlier keys;
 - `VideoNSAModel` decides once per forward call which rows are which (`nsa_kernels/routing.py`), and computes the M-RoPE
   positions that Qwen2.5-VL was trained with (`positions_videonsa.py`);
+- every class loads checkpoints under published names as well (`names_videonsa.py`);
 - `VideoNSAForConditionalGeneration` tells `forward` the token types during generation and saves `nsa_kernels/`.
 
 A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
@@ -17,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import (
@@ -45,12 +47,14 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .hub_videonsa import PushMixin, save_kernel_folder
+    from .names_videonsa import CheckpointNamesMixin
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from hub_videonsa import PushMixin, save_kernel_folder
+    from names_videonsa import CheckpointNamesMixin
     from positions_videonsa import mrope_position_ids
 
 logger = logging.get_logger(__name__)
@@ -90,6 +94,9 @@ nsa_attention = _kernel_module("attention").nsa_attention
 text_rows_attention = _kernel_module("text_rows").text_rows_attention
 _released, _routing = _kernel_module("released"), _kernel_module("routing")
 ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.TextRun, _routing.VisionRouting
+
+# From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
+_PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
@@ -232,7 +239,7 @@ class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
         self.self_attn = VideoNSAAttention(config, layer_idx)
 
 
-class VideoNSAPreTrainedModel(Qwen2_5_VLPreTrainedModel):
+class VideoNSAPreTrainedModel(CheckpointNamesMixin, Qwen2_5_VLPreTrainedModel):
     config: VideoNSAConfig
     config_class = VideoNSAConfig
     _no_split_modules = ["VideoNSADecoderLayer", "Qwen2_5_VLVisionBlock"]
@@ -250,6 +257,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     config: VideoNSATextConfig
     config_class = VideoNSATextConfig
     _can_record_outputs = {"hidden_states": VideoNSADecoderLayer, "attentions": VideoNSAAttention}
+    _checkpoint_renamings = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
 
     def __init__(self, config: VideoNSATextConfig):
         # Not Qwen2_5_VLTextModel.__init__, which would build all its decoder layers first.
@@ -275,6 +283,9 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
 
 
 class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
+    # Not Qwen2_5_VLModel's, which would take `model.visual.*` for a part of the language model.
+    _checkpoint_renamings = _PUBLISHED_NAMES
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLModel, self).__init__(config)  # skip building the dense language model
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
@@ -462,6 +473,13 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
 class VideoNSAForConditionalGeneration(
     PushMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
 ):
+    _checkpoint_renamings = _PUBLISHED_NAMES
+    # The same for adapters, where PEFT looks for it.
+    _checkpoint_conversion_mapping = {
+        r"^visual": "model.visual",
+        r"^model(?!\.(language_model|visual))": "model.language_model",
+    }
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.model = VideoNSAModel(config)
@@ -615,14 +633,6 @@ def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_me
         else:
             del inputs[grid_name], inputs[pixels_name]
 
-
-# Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load
-# for the classes it knows.
-for _name, _parent in (
-    ("VideoNSAForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-    ("VideoNSAModel", "Qwen2_5_VLModel"),
-):
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_parent), overwrite=True)
 
 VideoNSAForConditionalGeneration.register_for_auto_class("AutoModel")
 
