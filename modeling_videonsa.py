@@ -275,6 +275,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
+            _refuse_export()
             vision_routing = ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
@@ -326,12 +327,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             types, past = self._resolve_token_types(
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
-            if types is not None:
-                mm_token_type_ids = types
-                if is_released:
-                    _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
-                else:
-                    routing = self._route(types, attention_mask, position_ids, past, kwargs)
+            mm_token_type_ids = types
+            if types is not None and is_released:
+                _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
+            elif types is not None:
+                routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
             mm_token_type_ids = mm_token_type_ids[:, -tokens.shape[1] :]
         outputs = super().forward(
@@ -363,7 +363,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         has_features = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos")) or bool(
             kwargs.get("mm_encoder_outputs")
         )
-        if token_types is None and not has_features and past_key_values is not None and q_len == 1:
+        is_step = past_key_values is not None and q_len == 1
+        # A graph that is exported without pixels has no other input that could bring vision tokens.
+        if token_types is None and not has_features and (is_step or torch.compiler.is_exporting()):
             return None, 0
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if token_types is None:
@@ -377,21 +379,40 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 logger.warning_once("`inputs_embeds` came without `mm_token_type_ids`: every token is taken for text")
                 return None, past
             token_types = self.token_types(input_ids)
-        if token_types.shape == (batch, past + q_len):
-            return token_types, past
-        if token_types.shape != (batch, q_len):
+        return self._complete_token_types(token_types, input_ids, (batch, q_len), past, has_features), past
+
+    def _complete_token_types(self, token_types, input_ids, shape, past: int, has_features: bool):
+        """Types of all cached and new tokens, or `None` where the new ones are text.
+
+        `token_types` may be those of the new tokens alone, or end before the last token, as those of a conversation's
+        first call do when it goes on.
+        """
+        batch, q_len = shape
+        if token_types.ndim != 2 or len(token_types) != batch or token_types.shape[1] > past + q_len:
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens) or "
-                f"{(batch, q_len)} (new tokens), got {tuple(token_types.shape)}"
+                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
+                f"{(batch, q_len)} (new tokens), or fewer columns (the first tokens), got {tuple(token_types.shape)}"
             )
-        if token_types.any():
+        given = token_types.shape[1]
+        if given == past + q_len:
+            return token_types
+        if input_ids is not None:
+            new_types = self.token_types(input_ids)
+        elif given != q_len and not has_features:
+            new_types = nn.functional.pad(token_types[:, past:], (0, past + q_len - max(given, past)))
+        else:
+            new_types = token_types  # of the new tokens, or useless
+        if not new_types.any():
+            return None
+        if given < past or given == q_len or input_ids is None:
             raise ValueError(
                 f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
                 f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
             )
-        return None, past
+        return torch.cat([token_types, new_types[:, given - past :].to(token_types)], dim=1)
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
+        _refuse_export()
         if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
@@ -532,14 +553,17 @@ class VideoNSAForConditionalGeneration(
             cache = model_kwargs.get("past_key_values")
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        types = model_kwargs.get("mm_token_type_ids")
-        if types is None and not inputs_tensor.is_floating_point():
-            types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
+        types, length = model_kwargs.get("mm_token_type_ids"), inputs_tensor.shape[1]
+        if not inputs_tensor.is_floating_point() and (types is None or types.shape[1] < length):
+            # All of them, or those of the tokens that a conversation got since its first call.
+            read = self.model.token_types(inputs_tensor)
+            types = read if types is None else torch.cat([types, read[:, types.shape[1] :].to(types)], dim=1)
+            model_kwargs["mm_token_type_ids"] = types
         if types is None or types.shape != inputs_tensor.shape[:2]:
             got = None if types is None else tuple(types.shape)
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; on a kept cache "
-                "`generate` takes the whole conversation"
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got} (fewer columns will "
+                "do with `input_ids`); on a kept cache `generate` takes the whole conversation"
             )
         text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
@@ -601,6 +625,17 @@ class VideoNSAForConditionalGeneration(
 
     def _card_arguments(self, repo_id):
         return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}
+
+
+def _refuse_export() -> None:
+    """Raise where a graph is being exported: which rows are vision rows is read off values, which it has not."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "nsa_mode='sparse' cannot be exported with the token types in the graph. Export "
+            "model.model.language_model with the `vision_routing` that it is called with, as transformers.exporters "
+            "does (nsa_variant='paper'); or a graph for text, without pixels and `mm_token_type_ids`; or set "
+            "model.config.nsa_mode = 'dense'"
+        )
 
 
 def _is_empty(cache) -> bool:

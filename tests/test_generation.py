@@ -184,6 +184,79 @@ def test_second_turn_by_plain_forward_calls(greedy_model, prompts):
     torch.testing.assert_close(output_next.logits, expected_next.logits, atol=1e-9, rtol=1e-9)
 
 
+FOLLOW_UPS = {"text": [6], "text and media": [4, ("video", 3, 4, 4), 2, ("image", 2, 4), 3]}
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("follow_up", FOLLOW_UPS.values(), ids=FOLLOW_UPS)
+@pytest.mark.parametrize("types", ["first call's", "of one token", "none"])
+def test_conversations_go_on_with_the_first_calls_token_types(greedy_model, prompts, mode, follow_up, types):
+    """As Qwen2.5-VL's users do: ids and media of the whole conversation, everything else as it was at first."""
+    first, second = prompts.one(LAYOUT), prompts.one(follow_up, seed=3)
+    try:
+        greedy_model.config.nsa_mode = mode
+        answer = generate(greedy_model, first)
+        whole = dict(first)
+        whole["input_ids"] = torch.cat([answer.sequences, second["input_ids"]], dim=1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        for key in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+            whole[key] = torch.cat([first[key], second[key]]) if key in second else first[key]
+        whole["mm_token_type_ids"] = greedy_model.model.token_types(whole["input_ids"])
+        expected = generate(greedy_model, whole)
+        if types == "none":
+            del whole["mm_token_type_ids"]
+        else:
+            whole["mm_token_type_ids"] = first["mm_token_type_ids"][:, : 1 if types == "of one token" else None]
+        assert_same(generate(greedy_model, whole, past_key_values=answer.past_key_values), expected)
+        assert_same(generate(greedy_model, whole), expected)
+    finally:
+        greedy_model.config.nsa_mode = "sparse"
+
+
+@pytest.mark.parametrize("length", [1, 4, 23])
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_text_on_a_cache_takes_any_token_types(greedy_model, prompts, length, given):
+    """Plain calls: types of the first tokens, however many, and of the first call, also where they are as many."""
+    first, second = prompts.one([5, ("video", 3, 4, 4), 6]), prompts.one([length], seed=3)
+    assert first["input_ids"].shape[1] == 23
+    inputs = {"input_ids": second["input_ids"]}
+    if given == "embeddings":
+        inputs = {"inputs_embeds": greedy_model.get_input_embeddings()(second["input_ids"]).detach()}
+    types = first["mm_token_type_ids"]
+    lengths = {0, 3, 23, 23 + length - 1} - ({length} if given == "embeddings" else set())
+    with torch.no_grad():
+        expected = greedy_model(**inputs, past_key_values=greedy_model(**first).past_key_values).logits
+        for columns in lengths:
+            short = torch.nn.functional.pad(types, (0, length))[:, :columns]
+            cache = greedy_model(**first).past_key_values
+            assert torch.equal(greedy_model(**inputs, mm_token_type_ids=short, past_key_values=cache).logits, expected)
+        for wrong in (types[0], types[:, : 23 + length].repeat(2, 1), types.repeat(1, 3)):
+            cache = greedy_model(**first).past_key_values
+            with pytest.raises(ValueError, match="`mm_token_type_ids` must have shape"):
+                greedy_model(**inputs, mm_token_type_ids=wrong, past_key_values=cache)
+
+
+def test_media_on_a_cache_need_the_types_of_what_is_cached(greedy_model, prompts):
+    """They may end there, and be too few for what came after, which the ids tell."""
+    first, second = prompts.one(LAYOUT), prompts.one([4, ("video", 3, 4, 4), 6], seed=3)
+    types = first["mm_token_type_ids"]
+    whole = torch.cat([types, second["mm_token_type_ids"]], dim=1)
+    del second["attention_mask"]
+    with torch.no_grad():
+        outputs = [
+            greedy_model(
+                **(second | {"mm_token_type_ids": given}), past_key_values=greedy_model(**first).past_key_values
+            )
+            for given in (whole, whole[:, :-3], types)
+        ]
+        for output in outputs[1:]:
+            assert torch.equal(output.logits, outputs[0].logits)
+        for short in (types[:, :-1], second["mm_token_type_ids"]):
+            cache = greedy_model(**first).past_key_values
+            with pytest.raises(ValueError, match=r"`mm_token_type_ids` must cover the \d+ cached tokens too"):
+                greedy_model(**(second | {"mm_token_type_ids": short}), past_key_values=cache)
+
+
 def test_a_cache_that_ends_inside_a_video_is_refused_with_its_pixels(greedy_model, prompts):
     whole = prompts.one(LAYOUT)
     with torch.no_grad():
