@@ -597,6 +597,38 @@ class VideoNSAForConditionalGeneration(
         self._check_released_prompt("assisted decoding", **kwargs)
         return super()._assisted_decoding(*args, **kwargs)
 
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        for name in ("assistant_early_exit", "use_mtp"):
+            if (value := getattr(generation_config, name, None)) not in (None, False):
+                raise ValueError(
+                    f"`{name}` = {value!r}: this model has no layers that were trained to predict tokens before the "
+                    "last; draft them with `prompt_lookup_num_tokens`, or with another VideoNSA as `assistant_model`"
+                )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        """Override: a model for text alone drafts for text prompts, without arguments that it does not know."""
+        if assistant_model is not None and not hasattr(assistant_model.config, "vision_config"):
+            if self.model.token_types(input_ids).any():
+                raise ValueError(
+                    f"`assistant_model` = {type(assistant_model).__name__} takes no images or videos, and the prompt "
+                    "has some: draft with another VideoNSA, or with `prompt_lookup_num_tokens`"
+                )
+            own = ("mm_token_type_ids", "mm_encoder_outputs", "position_ids")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
+        )
+
     def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
         """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
         is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model
 from nsa_cases import CountSynchronisations
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.generation import utils as generation_utils
 
 LAYOUT = [5, ("video", 6, 4, 4), 3, ("image", 4, 4), 7]
@@ -125,6 +125,28 @@ def test_assisted_decoding_gives_the_greedy_answer(greedy_model, prompts, kind):
         options["assistant_model"] = build_model()
     output = greedy_model.generate(**single, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     assert torch.equal(output, generate(greedy_model, single).sequences)
+
+
+def test_a_model_for_text_drafts_for_text_prompts_alone(greedy_model, prompts):
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = Qwen2Config(vocab_size=272, num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, **shape)
+    draft = Qwen2ForCausalLM(config).double().eval()
+    text = prompts.one([9])
+    output = greedy_model.generate(**text, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
+    assert torch.equal(output, generate(greedy_model, text).sequences)
+    for layout in ([5, ("video", 2, 4, 4), 3], [5, ("image", 4, 4), 3]):
+        with pytest.raises(ValueError, match="`assistant_model` = Qwen2ForCausalLM takes no images or videos"):
+            greedy_model.generate(**prompts.one(layout), max_new_tokens=4, assistant_model=draft)
+
+
+@pytest.mark.parametrize("option", [{"assistant_early_exit": 1}, {"use_mtp": True}], ids=str)
+@pytest.mark.parametrize("layout", [[9], LAYOUT], ids=["text", "media"])
+def test_drafts_from_layers_that_cannot_make_them_are_refused(greedy_model, prompts, option, layout):
+    [(name, value)] = option.items()
+    if not hasattr(GenerationConfig(), name):
+        pytest.skip(f"this transformers has no `{name}`")
+    with pytest.raises(ValueError, match=f"`{name}` = {value}: this model has no layers"):
+        greedy_model.generate(**prompts.one(layout), max_new_tokens=4, **option)
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
