@@ -102,10 +102,6 @@ _PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGe
 MAX_SCORES = 1 << 26
 
 
-class VideoNSAGateProjection(nn.Linear):
-    """The last gate projection; a type of its own so that it starts at zero, where every gate is one half."""
-
-
 class VideoNSAAttention(Qwen2_5_VLAttention):
     """Qwen2.5-VL's attention with gated sparse branches for vision rows.
 
@@ -116,7 +112,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
         self.g_proj_1 = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.g_proj_2 = VideoNSAGateProjection(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        self.g_proj_2 = nn.Linear(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        # It starts at zero, where every gate is one half. Not told by a type of its own: quantisers go by types.
+        self.g_proj_2.starts_at_zero = True
 
     def forward(
         self,
@@ -246,7 +244,7 @@ class VideoNSAPreTrainedModel(CheckpointNamesMixin, Qwen2_5_VLPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, VideoNSAGateProjection):
+        if getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         else:
@@ -384,32 +382,33 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
     def _complete_token_types(self, token_types, input_ids, shape, past: int, has_features: bool):
         """Types of all cached and new tokens, or `None` where the new ones are text.
 
-        `token_types` may be those of the new tokens alone, or end before the last token, as those of a conversation's
-        first call do when it goes on.
+        `token_types` may be those of the new tokens alone, or of the first cached ones, as a conversation's first call
+        had them.
         """
         batch, q_len = shape
-        if token_types.ndim != 2 or len(token_types) != batch or token_types.shape[1] > past + q_len:
-            raise ValueError(
-                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
-                f"{(batch, q_len)} (new tokens), or fewer columns (the first tokens), got {tuple(token_types.shape)}"
-            )
-        given = token_types.shape[1]
+        given = token_types.shape[1] if token_types.ndim == 2 and len(token_types) == batch else -1
         if given == past + q_len:
             return token_types
+        if given != q_len and not 0 <= given <= past:
+            raise ValueError(
+                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
+                f"{(batch, q_len)} (new tokens), or at most {past} columns (cached tokens), "
+                f"got {tuple(token_types.shape)}"
+            )
         if input_ids is not None:
             new_types = self.token_types(input_ids)
-        elif given != q_len and not has_features:
-            new_types = nn.functional.pad(token_types[:, past:], (0, past + q_len - max(given, past)))
+        elif given == q_len or has_features:
+            new_types = token_types  # of the new tokens, or too few
         else:
-            new_types = token_types  # of the new tokens, or useless
+            return None
         if not new_types.any():
             return None
-        if given < past or given == q_len or input_ids is None:
+        if given != past or given == q_len:
             raise ValueError(
                 f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
                 f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
             )
-        return torch.cat([token_types, new_types[:, given - past :].to(token_types)], dim=1)
+        return torch.cat([token_types, new_types.to(token_types)], dim=1)
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
         _refuse_export()
@@ -553,17 +552,18 @@ class VideoNSAForConditionalGeneration(
             cache = model_kwargs.get("past_key_values")
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
-        types, length = model_kwargs.get("mm_token_type_ids"), inputs_tensor.shape[1]
-        if not inputs_tensor.is_floating_point() and (types is None or types.shape[1] < length):
-            # All of them, or those of the tokens that a conversation got since its first call.
+        types = model_kwargs.get("mm_token_type_ids")
+        if not inputs_tensor.is_floating_point():
+            # Missing, or those of a conversation's first call, which do not reach to its end.
             read = self.model.token_types(inputs_tensor)
-            types = read if types is None else torch.cat([types, read[:, types.shape[1] :].to(types)], dim=1)
-            model_kwargs["mm_token_type_ids"] = types
+            is_short = types is not None and types.ndim == 2 and types.shape[1] < read.shape[1]
+            if types is None or (is_short and torch.equal(types.to(read), read[:, : types.shape[1]])):
+                types = model_kwargs["mm_token_type_ids"] = read
         if types is None or types.shape != inputs_tensor.shape[:2]:
             got = None if types is None else tuple(types.shape)
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got} (fewer columns will "
-                "do with `input_ids`); on a kept cache `generate` takes the whole conversation"
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, or be the types of the first "
+                f"`input_ids`, got {got}; on a kept cache `generate` takes the whole conversation"
             )
         text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
