@@ -6,6 +6,7 @@ Written as a difference from transformers' Qwen2.5-VL. What is new:
   Qwen2.5-VL's own attention over all earlier keys;
 - `VideoNSAModel` decides once per forward call which rows are which (`nsa_kernels/routing.py`), and computes the M-RoPE
   positions that Qwen2.5-VL was trained with (`positions_videonsa.py`);
+- every class loads checkpoints under published names as well (`names_videonsa.py`);
 - `VideoNSAForConditionalGeneration` tells `forward` the token types during generation and saves `nsa_kernels/`.
 
 A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
@@ -17,7 +18,8 @@ import torch
 import transformers
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import (
@@ -45,12 +47,14 @@ from transformers.utils.generic import is_flash_attention_requested
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .hub_videonsa import PushMixin, save_kernel_folder
+    from .names_videonsa import CheckpointNamesMixin
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from hub_videonsa import PushMixin, save_kernel_folder
+    from names_videonsa import CheckpointNamesMixin
     from positions_videonsa import mrope_position_ids
 
 logger = logging.get_logger(__name__)
@@ -91,12 +95,11 @@ text_rows_attention = _kernel_module("text_rows").text_rows_attention
 _released, _routing = _kernel_module("released"), _kernel_module("routing")
 ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.TextRun, _routing.VisionRouting
 
+# From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
+_PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
+
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
-
-
-class VideoNSAGateProjection(nn.Linear):
-    """The last gate projection; a type of its own so that it starts at zero, where every gate is one half."""
 
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
@@ -109,7 +112,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
         self.g_proj_1 = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.g_proj_2 = VideoNSAGateProjection(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        self.g_proj_2 = nn.Linear(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        # It starts at zero, where every gate is one half. Not told by a type of its own: quantisers go by types.
+        self.g_proj_2.starts_at_zero = True
 
     def forward(
         self,
@@ -232,14 +237,14 @@ class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
         self.self_attn = VideoNSAAttention(config, layer_idx)
 
 
-class VideoNSAPreTrainedModel(Qwen2_5_VLPreTrainedModel):
+class VideoNSAPreTrainedModel(CheckpointNamesMixin, Qwen2_5_VLPreTrainedModel):
     config: VideoNSAConfig
     config_class = VideoNSAConfig
     _no_split_modules = ["VideoNSADecoderLayer", "Qwen2_5_VLVisionBlock"]
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, VideoNSAGateProjection):
+        if getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         else:
@@ -250,6 +255,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     config: VideoNSATextConfig
     config_class = VideoNSATextConfig
     _can_record_outputs = {"hidden_states": VideoNSADecoderLayer, "attentions": VideoNSAAttention}
+    _checkpoint_renamings = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
 
     def __init__(self, config: VideoNSATextConfig):
         # Not Qwen2_5_VLTextModel.__init__, which would build all its decoder layers first.
@@ -267,6 +273,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
+            _refuse_export()
             vision_routing = ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
@@ -275,6 +282,9 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
 
 
 class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
+    # Not Qwen2_5_VLModel's, which would take `model.visual.*` for a part of the language model.
+    _checkpoint_renamings = _PUBLISHED_NAMES
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLModel, self).__init__(config)  # skip building the dense language model
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
@@ -315,12 +325,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             types, past = self._resolve_token_types(
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
-            if types is not None:
-                mm_token_type_ids = types
-                if is_released:
-                    _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
-                else:
-                    routing = self._route(types, attention_mask, position_ids, past, kwargs)
+            mm_token_type_ids = types
+            if types is not None and is_released:
+                _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
+            elif types is not None:
+                routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
             mm_token_type_ids = mm_token_type_ids[:, -tokens.shape[1] :]
         outputs = super().forward(
@@ -352,7 +361,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         has_features = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos")) or bool(
             kwargs.get("mm_encoder_outputs")
         )
-        if token_types is None and not has_features and past_key_values is not None and q_len == 1:
+        is_step = past_key_values is not None and q_len == 1
+        # A graph that is exported without pixels has no other input that could bring vision tokens.
+        if token_types is None and not has_features and (is_step or torch.compiler.is_exporting()):
             return None, 0
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if token_types is None:
@@ -366,21 +377,41 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 logger.warning_once("`inputs_embeds` came without `mm_token_type_ids`: every token is taken for text")
                 return None, past
             token_types = self.token_types(input_ids)
-        if token_types.shape == (batch, past + q_len):
-            return token_types, past
-        if token_types.shape != (batch, q_len):
+        return self._complete_token_types(token_types, input_ids, (batch, q_len), past, has_features), past
+
+    def _complete_token_types(self, token_types, input_ids, shape, past: int, has_features: bool):
+        """Types of all cached and new tokens, or `None` where the new ones are text.
+
+        `token_types` may be those of the new tokens alone, or of the first cached ones, as a conversation's first call
+        had them.
+        """
+        batch, q_len = shape
+        given = token_types.shape[1] if token_types.ndim == 2 and len(token_types) == batch else -1
+        if given == past + q_len:
+            return token_types
+        if given != q_len and not 0 <= given <= past:
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens) or "
-                f"{(batch, q_len)} (new tokens), got {tuple(token_types.shape)}"
+                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
+                f"{(batch, q_len)} (new tokens), or at most {past} columns (cached tokens), "
+                f"got {tuple(token_types.shape)}"
             )
-        if token_types.any():
+        if input_ids is not None:
+            new_types = self.token_types(input_ids)
+        elif given == q_len or has_features:
+            new_types = token_types  # of the new tokens, or too few
+        else:
+            return None
+        if not new_types.any():
+            return None
+        if given != past or given == q_len:
             raise ValueError(
                 f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
                 f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
             )
-        return None, past
+        return torch.cat([token_types, new_types.to(token_types)], dim=1)
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
+        _refuse_export()
         if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
@@ -462,6 +493,13 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
 class VideoNSAForConditionalGeneration(
     PushMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
 ):
+    _checkpoint_renamings = _PUBLISHED_NAMES
+    # The same for adapters, where PEFT looks for it.
+    _checkpoint_conversion_mapping = {
+        r"^visual": "model.visual",
+        r"^model(?!\.(language_model|visual))": "model.language_model",
+    }
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.model = VideoNSAModel(config)
@@ -515,13 +553,17 @@ class VideoNSAForConditionalGeneration(
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
-        if types is None and not inputs_tensor.is_floating_point():
-            types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
+        if not inputs_tensor.is_floating_point():
+            # Missing, or those of a conversation's first call, which do not reach to its end.
+            read = self.model.token_types(inputs_tensor)
+            is_short = types is not None and types.ndim == 2 and types.shape[1] < read.shape[1]
+            if types is None or (is_short and torch.equal(types.to(read), read[:, : types.shape[1]])):
+                types = model_kwargs["mm_token_type_ids"] = read
         if types is None or types.shape != inputs_tensor.shape[:2]:
             got = None if types is None else tuple(types.shape)
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; on a kept cache "
-                "`generate` takes the whole conversation"
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, or be the types of the first "
+                f"`input_ids`, got {got}; on a kept cache `generate` takes the whole conversation"
             )
         text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
@@ -555,6 +597,38 @@ class VideoNSAForConditionalGeneration(
         self._check_released_prompt("assisted decoding", **kwargs)
         return super()._assisted_decoding(*args, **kwargs)
 
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        for name in ("assistant_early_exit", "use_mtp"):
+            if (value := getattr(generation_config, name, None)) not in (None, False):
+                raise ValueError(
+                    f"`{name}` = {value!r}: this model has no layers that were trained to predict tokens before the "
+                    "last; draft them with `prompt_lookup_num_tokens`, or with another VideoNSA as `assistant_model`"
+                )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        """Override: a model for text alone drafts for text prompts, without arguments that it does not know."""
+        if assistant_model is not None and not hasattr(assistant_model.config, "vision_config"):
+            if self.model.token_types(input_ids).any():
+                raise ValueError(
+                    f"`assistant_model` = {type(assistant_model).__name__} takes no images or videos, and the prompt "
+                    "has some: draft with another VideoNSA, or with `prompt_lookup_num_tokens`"
+                )
+            own = ("mm_token_type_ids", "mm_encoder_outputs", "position_ids")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
+        )
+
     def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
         """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
         is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"
@@ -583,6 +657,17 @@ class VideoNSAForConditionalGeneration(
 
     def _card_arguments(self, repo_id):
         return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}
+
+
+def _refuse_export() -> None:
+    """Raise where a graph is being exported: which rows are vision rows is read off values, which it has not."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "nsa_mode='sparse' cannot be exported with the token types in the graph. Export "
+            "model.model.language_model with the `vision_routing` that it is called with, as transformers.exporters "
+            "does (nsa_variant='paper'); or a graph for text, without pixels and `mm_token_type_ids`; or set "
+            "model.config.nsa_mode = 'dense'"
+        )
 
 
 def _is_empty(cache) -> bool:
@@ -615,14 +700,6 @@ def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_me
         else:
             del inputs[grid_name], inputs[pixels_name]
 
-
-# Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load
-# for the classes it knows.
-for _name, _parent in (
-    ("VideoNSAForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-    ("VideoNSAModel", "Qwen2_5_VLModel"),
-):
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_parent), overwrite=True)
 
 VideoNSAForConditionalGeneration.register_for_auto_class("AutoModel")
 

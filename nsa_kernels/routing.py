@@ -1,9 +1,11 @@
 """Which rows of a forward call are vision rows, which are text rows, and which keys each may see."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
+from torch.utils import _pytree as pytree
 
 from . import utils
 
@@ -106,6 +108,56 @@ class VisionRouting:
             return value
 
         return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+
+
+# torch.export takes a routing apart, since it is an argument of the language model: its tensors are inputs of the
+# graph, and everything else, which the graph is specialised on, is the structure that they are in.
+_PARTS = {part.__name__: part for part in (VisionRouting, TextRun, utils.SequenceLengths)}
+
+
+def _take_apart(value, tensors: list[torch.Tensor]):
+    """Append the tensors in `value` to `tensors`; returns the rest, of types that JSON has."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return None
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop]}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_take_apart(item, tensors) for item in value]}
+    if type(value).__name__ in _PARTS:
+        return {type(value).__name__: [_take_apart(getattr(value, field.name), tensors) for field in fields(value)]}
+    return value
+
+
+def _put_together(rest, tensors: Iterator[torch.Tensor]):
+    if rest is None:
+        return next(tensors)
+    if not isinstance(rest, dict):
+        return rest
+    [(kind, items)] = rest.items()
+    if kind == "slice":
+        return slice(*items)
+    items = [_put_together(item, tensors) for item in items]
+    return _PARTS[kind](*items) if kind in _PARTS else tuple(items) if kind == "tuple" else items
+
+
+def _flatten(routing: VisionRouting) -> tuple[list[torch.Tensor], dict]:
+    rest = _take_apart(routing, tensors := [])
+    return tensors, rest
+
+
+def _flatten_with_keys(routing: VisionRouting):
+    tensors, rest = _flatten(routing)
+    return [(pytree.SequenceKey(index), tensor) for index, tensor in enumerate(tensors)], rest
+
+
+pytree.register_pytree_node(
+    VisionRouting,
+    _flatten,
+    lambda tensors, rest: _put_together(rest, iter(tensors)),
+    serialized_type_name="videonsa.VisionRouting",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
