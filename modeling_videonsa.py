@@ -143,6 +143,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         """What the routing says of every row. Returns (batch, q_len, num_heads, head_dim)."""
         if torch.compiler.is_compiling():
             return self._attend_in_graph(hidden_states, query, key, value, routing)
+        if isinstance(routing, torch.Tensor):  # the model is compiled, but not this layer
+            routing = _layer.routing_of(routing, query)
         gates = torch.sigmoid(self._gate_logits(hidden_states[routing.vision_rows]))
         return self._attend_rows(query, key, value, gates, routing, **kwargs)
 
@@ -178,6 +180,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         """The published code's attention of whole prompts. Returns (batch, q_len, num_heads, head_dim)."""
         if torch.compiler.is_compiling():
             return self._attend_in_graph(hidden_states, query, key, value, routing)
+        if isinstance(routing, torch.Tensor):
+            routing = _layer.released_routing_of(routing, query)
         return _layer.released_rows(
             query, key, value, lambda *rows: self._gate_logits(hidden_states[rows]), routing, **self._settings
         )

@@ -107,7 +107,7 @@ _STATES = "Tensor query, Tensor key, Tensor value"
 
 def _forward(query, key, value, gates, plan, *settings):
     *settings, implementation, save = settings
-    where = _routing_of(plan, query)
+    where = routing_of(plan, query)
     inputs = vision_inputs(query, key, value, gates[where.vision_rows], where)
     rows = query.shape[0] * query.shape[2]
     vision, *saved = attention.forward_in_operator(*inputs, None, *settings, save=save, rows=rows)
@@ -117,7 +117,7 @@ def _forward(query, key, value, gates, plan, *settings):
 
 def _backward(do, saved, query, key, value, gates, plan, *settings):
     *settings, implementation, _ = settings
-    where = _routing_of(plan, query)
+    where = routing_of(plan, query)
     inputs = vision_inputs(query, key, value, gates[where.vision_rows], where)
     gradients = attention.backward_in_operator(do[where.vision_rows], saved, *inputs, None, *settings)
     dq, dk, dv, dgates = (
@@ -186,7 +186,7 @@ def _released(query, key, value, gate_logits, plan, block_size, block_counts, wi
         key,
         value,
         lambda sample, rows: gate_logits[sample, rows],
-        _kept_with(plan, lambda: released.ReleasedRouting.from_plan(plan, query.device), query.device),
+        released_routing_of(plan, query),
         block_size=block_size,
         block_counts=block_counts,
         window_size=window_size,
@@ -272,15 +272,20 @@ _released_plan_operator = operators.define(
 )
 
 
+def routing_of(plan: Tensor, query: Tensor) -> routing.VisionRouting:
+    """What a plan says; computed by the first layer and kept with the plan for the others."""
+    past, device = plan.shape[2] - query.shape[2], query.device
+    return _kept_with(plan, lambda: routing.VisionRouting.from_plan(plan, past, device), past, device)
+
+
+def released_routing_of(plan: Tensor, query: Tensor) -> released.ReleasedRouting:
+    """The same in the variant "released"."""
+    return _kept_with(plan, lambda: released.ReleasedRouting.from_plan(plan, query.device), query.device)
+
+
 def _kept_with(plan: Tensor, build: Callable, *key):
-    """build(), by the first layer, kept with the plan for the others."""
     if getattr(plan, "videonsa_routing", (None,))[0] != key:
         where = build()
         where.plan = None  # no cycle
         plan.videonsa_routing = key, where
     return plan.videonsa_routing[1]
-
-
-def _routing_of(plan: Tensor, query: Tensor) -> routing.VisionRouting:
-    past, device = plan.shape[2] - query.shape[2], query.device
-    return _kept_with(plan, lambda: routing.VisionRouting.from_plan(plan, past, device), past, device)

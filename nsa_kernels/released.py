@@ -159,7 +159,7 @@ class ReleasedRouting:
     @classmethod
     def from_plan(cls, plan: Tensor, device: torch.device) -> "ReleasedRouting":
         """Of a plan, calls that are all text included; index tensors are put on `device`."""
-        is_vision, is_valid = plan
+        is_vision, is_valid = plan.cpu()
         samples = []
         for sample, (vision, valid) in enumerate(zip(is_vision, is_valid, strict=True)):
             rows = valid.nonzero().squeeze(-1)

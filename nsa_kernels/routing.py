@@ -76,7 +76,7 @@ class VisionRouting:
     @classmethod
     def from_plan(cls, plan: torch.Tensor, past: int, device: torch.device) -> "VisionRouting":
         """Of a plan, calls that are all text included; index tensors are put on `device`."""
-        token_types, is_valid, starts = plan
+        token_types, is_valid, starts = plan.cpu()
         is_valid = is_valid.bool()
         is_vision = (token_types != 0) & is_valid
         text_runs, lengths_q, lengths_k = [], [], []
