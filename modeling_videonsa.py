@@ -22,12 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import PrefixChange
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
-from transformers.masking_utils import (
-    ALL_MASK_ATTENTION_FUNCTIONS,
-    causal_mask_function,
-    create_masks_for_generate,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VisionTransformerPretrainedModel,
     Qwen2_5_VLAttention,
@@ -39,10 +34,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRotaryEmbedding,
     Qwen2_5_VLTextModel,
     apply_rotary_pos_emb,
-    eager_attention_forward,
 )
 from transformers.utils import logging
-from transformers.utils.generic import is_flash_attention_requested
 
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
@@ -66,6 +59,8 @@ from .nsa_kernels/attention import *
 from .nsa_kernels/attention_budget import *
 from .nsa_kernels/compression import *
 from .nsa_kernels/dense_causal import *
+from .nsa_kernels/layer import *
+from .nsa_kernels/operators import *
 from .nsa_kernels/reference import *
 from .nsa_kernels/released import *
 from .nsa_kernels/routing import *
@@ -91,15 +86,12 @@ def _kernel_module(name: str):
 
 
 nsa_attention = _kernel_module("attention").nsa_attention
-text_rows_attention = _kernel_module("text_rows").text_rows_attention
+_layer, _operators = _kernel_module("layer"), _kernel_module("operators")
 _released, _routing = _kernel_module("released"), _kernel_module("routing")
 ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.TextRun, _routing.VisionRouting
 
 # From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
 _PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
-
-# Attention implementations that need a mask get as many text rows at a time as make this many scores.
-MAX_SCORES = 1 << 26
 
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
@@ -123,7 +115,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        vision_routing: VisionRouting | ReleasedRouting | None = None,
+        vision_routing: VisionRouting | ReleasedRouting | torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
@@ -142,9 +134,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         # Under autocast the rotation, and with it what the cache holds, may be in float32.
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         if self.config.nsa_variant == "released":
-            return self.o_proj(self._attend_as_released(hidden_states, query, key, value, vision_routing)), None
-
-        output = self._attend(hidden_states, query, key, value, vision_routing, **kwargs)
+            output = self._attend_as_released(hidden_states, query, key, value, vision_routing)
+        else:
+            output = self._attend(hidden_states, query, key, value, vision_routing, **kwargs)
         return self.o_proj(output.flatten(2)), None
 
     def _gate_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -152,83 +144,52 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         logits = self.g_proj_2(nn.functional.gelu(self.g_proj_1(hidden_states)))
         return logits.unflatten(-1, (-1, 3)) / self.config.gate_temperature
 
-    def _attend(self, hidden_states, query, key, value, routing: VisionRouting, **kwargs) -> torch.Tensor:
+    def _attend(self, hidden_states, query, key, value, routing, **kwargs) -> torch.Tensor:
         """What the routing says of every row. Returns (batch, q_len, num_heads, head_dim)."""
+        if torch.compiler.is_compiling():
+            return self._attend_in_graph(hidden_states, query, key, value, routing)
+        if isinstance(routing, torch.Tensor):  # the model is compiled, but not this layer
+            routing = _layer.routing_of(routing, query)
         gates = torch.sigmoid(self._gate_logits(hidden_states[routing.vision_rows]))
         return self._attend_rows(query, key, value, gates, routing, **kwargs)
 
     def _attend_rows(self, query, key, value, gates, routing: VisionRouting, **kwargs) -> torch.Tensor:
         """`_attend` of any share of the heads; gates: (total_q, num_heads, 3)."""
-        vision = self._attend_vision_rows(query, key, value, gates, routing)
-        text = [self._attend_text_run(query, key, value, run, **kwargs) for run in routing.text_runs]
-        rows = [torch.cat(pair) for pair in zip(routing.vision_rows, routing.text_rows, strict=True)]
-        output = query.new_zeros(query.shape[0], query.shape[2], *vision.shape[1:])  # padding rows stay zero
-        return output.index_put_(rows, torch.cat([vision, *text]))
+        vision = nsa_attention(*_layer.vision_inputs(query, key, value, gates, routing), **self._settings)
+        options = self.config._attn_implementation, self.scaling, self.config.nsa_backend
+        runs = (_layer.text_inputs(query, key, value, run) for run in routing.text_runs)
+        text = [_layer.attend_text(*run, *options, self, **kwargs) for run in runs]
+        return _layer.place_rows(query, vision, text, routing)
 
-    def _attend_vision_rows(self, query, key, value, gates, routing: VisionRouting) -> torch.Tensor:
-        """NSA of the new vision tokens over all of their sample's. Returns (total_q, num_heads, head_dim)."""
-        rows, keys = routing.vision_rows, routing.vision_keys
-        return nsa_attention(
-            query.transpose(1, 2)[rows],
-            key.transpose(1, 2)[keys],
-            value.transpose(1, 2)[keys],
-            *gates.unbind(-1),
-            cu_seqlens_q=routing.lengths,
-            block_size=self.config.block_size,
-            block_counts=self.config.block_counts,
-            window_size=self.config.window_size,
-            softmax_scale=self.scaling,
-            backend=self.config.nsa_backend,
+    def _attend_in_graph(self, hidden_states, query, key, value, routing) -> torch.Tensor:
+        """`_attend` in compiled code: gates of every row, and one node for the attention, see nsa_kernels/layer.py."""
+        plan = routing if isinstance(routing, torch.Tensor) else routing.plan
+        gates, settings = self._gate_logits(hidden_states), tuple(self._settings.values())
+        if self.config.nsa_variant == "released":
+            return _layer.released_operator(query, key, value, gates, plan, *settings)
+        inputs = query, key, value, torch.sigmoid(gates)
+        options = self.config._attn_implementation or "eager", _operators.records_grad(*inputs)
+        return _layer.attention_operator(*inputs, plan, *settings, *options)[0]
+
+    @property
+    def _settings(self) -> dict:
+        return {
+            "block_size": self.config.block_size,
+            "block_counts": self.config.block_counts,
+            "window_size": self.config.window_size,
+            "softmax_scale": self.scaling,
+            "backend": self.config.nsa_backend,
+        }
+
+    def _attend_as_released(self, hidden_states, query, key, value, routing) -> torch.Tensor:
+        """The published code's attention of whole prompts. Returns (batch, q_len, num_heads, head_dim)."""
+        if torch.compiler.is_compiling():
+            return self._attend_in_graph(hidden_states, query, key, value, routing)
+        if isinstance(routing, torch.Tensor):
+            routing = _layer.released_routing_of(routing, query)
+        return _layer.released_rows(
+            query, key, value, lambda *rows: self._gate_logits(hidden_states[rows]), routing, **self._settings
         )
-
-    def _attend_as_released(self, hidden_states, query, key, value, routing: ReleasedRouting) -> torch.Tensor:
-        """The published code's attention of whole prompts. Returns (batch, q_len, num_heads * head_dim)."""
-        output = torch.zeros_like(query.transpose(1, 2))  # padding rows stay zero
-        for sample, rows, layout in routing.samples:
-            # Nothing was cached before; a static cache is longer than the prompt.
-            states = (x[sample].transpose(0, 1)[: query.shape[2]][rows] for x in (query, key, value))
-            output[sample, rows] = _released.released_attention(
-                *states,
-                self._gate_logits(hidden_states[sample, rows]),
-                layout,
-                block_size=self.config.block_size,
-                block_counts=self.config.block_counts,
-                window_size=self.config.window_size,
-                softmax_scale=self.scaling,
-                backend=self.config.nsa_backend,
-            )
-        return output.flatten(2)
-
-    def _attend_text_run(self, query, key, value, run: TextRun, **kwargs) -> torch.Tensor:
-        """Dense causal attention of a run of text rows. Returns (rows, num_heads, head_dim)."""
-        query = query[run.sample, :, run.start : run.stop]
-        key, value = (states[run.sample][:, run.keys][:, : run.num_keys] for states in (key, value))
-        if self.config._attn_implementation == "sdpa":
-            states = (states.transpose(0, 1) for states in (query, key, value))
-            return text_rows_attention(*states, self.scaling, backend=self.config.nsa_backend)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        # Flash attention aligns queries with the last keys by itself; the others need a mask, in bounded chunks.
-        needs_mask = not is_flash_attention_requested(self.config)
-        chunk = max(1, MAX_SCORES // (self.num_heads * run.num_keys)) if needs_mask else query.shape[1]
-        outputs, seen = [], run.num_keys - query.shape[1]
-        for rows in query.split(chunk, dim=1):
-            first, seen = seen, seen + rows.shape[1]
-            mask = None
-            if needs_mask:
-                mask = ALL_MASK_ATTENTION_FUNCTIONS[self.config._attn_implementation](
-                    batch_size=1,
-                    q_length=rows.shape[1],
-                    kv_length=seen,
-                    q_offset=first,
-                    mask_function=causal_mask_function,
-                    allow_is_causal_skip=False,
-                    dtype=query.dtype,
-                    device=query.device,
-                )
-            states = (x[None] for x in (rows, key[:, :seen], value[:, :seen]))
-            output, _ = attend(self, *states, mask, scaling=self.scaling, **kwargs)
-            outputs.append(output[0])  # [rows, num_heads, head_dim]
-        return torch.cat(outputs)
 
 
 class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
@@ -274,11 +235,34 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
             _refuse_export()
-            vision_routing = ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
+            vision_routing = self._route_as_released(tokens, attention_mask, kwargs)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}
         return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
+
+    def _route_as_released(self, tokens, attention_mask, kwargs) -> ReleasedRouting | torch.Tensor | None:
+        if not _released.may_hold_vision(tokens, kwargs):
+            return None
+        plan = None
+        if torch.compiler.is_compiling():
+            plan = _layer.released_plan(tokens, attention_mask, kwargs, self.config)
+        return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config) if plan is None else plan
+
+
+_position_operator = _operators.define(
+    "mrope_position_ids",
+    "(Tensor mm_token_type_ids, Tensor? image_grid_thw, Tensor? video_grid_thw, Tensor? second_per_grid_ts, "
+    "Tensor? attention_mask, int spatial_merge_size, float tokens_per_second, bool truncate_seconds) "
+    "-> (Tensor, Tensor)",
+    lambda *args: mrope_position_ids(
+        *args[:5], spatial_merge_size=args[5], tokens_per_second=args[6], truncate_seconds=args[7]
+    ),
+    lambda types, *_: (
+        types.new_empty(3, *types.shape, dtype=torch.long),
+        types.new_empty(len(types), 1, dtype=torch.long),
+    ),
+)
 
 
 class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
@@ -414,6 +398,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         _refuse_export()
         if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
             return None
+        if torch.compiler.is_compiling():
+            configs = self.config, self.config.text_config
+            plan = _layer.plan(token_types, attention_mask, position_ids, past, kwargs, *configs)
+            if plan is not None:
+                return plan
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
         starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
         routing = VisionRouting.build(token_types, attention_mask, past, starts)
@@ -440,6 +429,18 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         **kwargs,
     ):
         """Override: the positions that Qwen2.5-VL was trained with, see `mrope_position_ids`."""
+        if torch.compiler.is_compiling():
+            seconds = None if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts)
+            return _position_operator(
+                mm_token_type_ids,
+                image_grid_thw,
+                video_grid_thw,
+                seconds,
+                attention_mask,
+                self.config.vision_config.spatial_merge_size,
+                float(self.config.vision_config.tokens_per_second),
+                self.config.nsa_variant == "released",
+            )
         return mrope_position_ids(
             mm_token_type_ids,
             image_grid_thw,

@@ -35,6 +35,8 @@ class VisionRouting:
         lengths: the samples' boundaries in the two.
         text_runs: the text rows.
         text_rows: (sample, row) index tensors of the text rows, in the order of `text_runs`.
+        plan: (3, batch, past + q_len), on the CPU: what all this was computed from. It is the same for the compiler
+            whatever the prompt, so this is what compiled layers take (layer.py).
     """
 
     vision_rows: tuple[torch.Tensor, torch.Tensor]
@@ -42,8 +44,10 @@ class VisionRouting:
     lengths: utils.SequenceLengths
     text_rows: tuple[torch.Tensor, torch.Tensor]
     text_runs: list[TextRun]
+    plan: torch.Tensor
 
     @classmethod
+    @torch.compiler.disable
     def build(
         cls,
         token_types: torch.Tensor,
@@ -63,18 +67,20 @@ class VisionRouting:
                 attention_mask is `None` and past 0.
             needs_vision: False routes calls that are all text, too.
         """
-        device = token_types.device
-        # One transfer to the host; everything below is arithmetic there, and the results go back in `.to(device)`.
+        # One transfer to the host; everything after it is arithmetic there.
         is_valid = torch.ones_like(token_types) if attention_mask is None else attention_mask
         starts = torch.zeros_like(token_types) if starts is None else starts
-        token_types, is_valid, starts = torch.stack(
-            [x.to(token_types.dtype) for x in (token_types, is_valid, starts)]
-        ).cpu()
+        plan = torch.stack([x.to(token_types.dtype) for x in (token_types, is_valid, starts)]).cpu()
+        if needs_vision and not ((plan[0] != 0) & (plan[1] != 0))[:, past:].any():
+            return None
+        return cls.from_plan(plan, past, token_types.device)
+
+    @classmethod
+    def from_plan(cls, plan: torch.Tensor, past: int, device: torch.device) -> "VisionRouting":
+        """Of a plan, calls that are all text included; index tensors are put on `device`."""
+        token_types, is_valid, starts = plan.cpu()
         is_valid = is_valid.bool()
         is_vision = (token_types != 0) & is_valid
-        if needs_vision and not is_vision[:, past:].any():
-            return None
-
         text_runs, lengths_q, lengths_k = [], [], []
         for row, (valid, vision) in enumerate(zip(is_valid, is_vision, strict=True)):
             firsts = {0, *starts[row].nonzero().squeeze(-1).tolist()}
@@ -89,6 +95,7 @@ class VisionRouting:
             lengths=utils.SequenceLengths.from_lengths(lengths_q, lengths_k),
             text_rows=(is_valid & ~is_vision)[:, past:].nonzero(as_tuple=True),
             text_runs=text_runs,
+            plan=plan,
         ).to(device)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VisionRouting":
@@ -107,7 +114,8 @@ class VisionRouting:
                 return replace(value, cu_seqlens_q=move(value.cu_seqlens_q), cu_seqlens_k=move(value.cu_seqlens_k))
             return value
 
-        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        moved = {field.name: move(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **(moved | {"plan": self.plan}))
 
 
 # torch.export takes a routing apart, since it is an argument of the language model: its tensors are inputs of the
@@ -223,11 +231,16 @@ def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *co
             "pass them as rows of a batch; or, with nsa_variant='paper' and neither `attention_mask` nor a cache, pass "
             "`position_ids` of shape (4, batch, q_len) whose text positions start at 0 in every sample"
         )
-    if kwargs.get("output_attentions", any(config.output_attentions for config in configs)):
+    if wants_weights(kwargs, *configs):
         raise ValueError(
             "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
             "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
         )
+
+
+def wants_weights(kwargs: dict, *configs) -> bool:
+    """Whether a call asks for attention weights."""
+    return bool(kwargs.get("output_attentions", any(config.output_attentions for config in configs)))
 
 
 def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: int) -> bool:

@@ -254,7 +254,7 @@ def test_dense_part_runs_on_every_attention_implementation(prompts, implementati
 
     inputs = prompts.batch([prompts.one(LAYOUTS["images and videos"]), prompts.one([4, VIDEO, 30], seed=1)])
     valid = inputs["attention_mask"].bool()
-    monkeypatch.setattr(modeling_videonsa, "MAX_SCORES", 4 * 80 * 8)  # chunks of about 8 rows
+    monkeypatch.setattr(modeling_videonsa._layer, "MAX_SCORES", 4 * 80 * 8)  # chunks of about 8 rows
     model = build_model()
     with torch.no_grad():
         expected = model(**inputs).logits[valid]
