@@ -12,7 +12,9 @@ Written as a difference from transformers' Qwen2.5-VL. What is new:
 A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
 """
 
+import functools
 import importlib
+import inspect
 
 import torch
 import transformers
@@ -93,6 +95,24 @@ ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.Te
 # From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
 _PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
 
+# What Qwen2.5-VL calls the key-value cache: `past_key_values`, and `cache` from transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen2_5_VLAttention.forward).parameters else "past_key_values"
+
+
+def _takes_either_cache_name(method):
+    """Let a method's `past_key_values` be given as `cache` as well, in every transformers; given both, `cache` counts.
+
+    What the method calls of Qwen2.5-VL gets it as `CACHE_NAME`.
+    """
+
+    @functools.wraps(method)
+    def renamed(*args, **kwargs):
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return method(*args, **kwargs)
+
+    return renamed
+
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
     """Qwen2.5-VL's attention with gated sparse branches for vision rows.
@@ -108,6 +128,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         # It starts at zero, where every gate is one half. Not told by a type of its own: quantisers go by types.
         self.g_proj_2.starts_at_zero = True
 
+    @_takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,  # [batch, q_len, hidden_size]
@@ -119,9 +140,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
-            )
+            kwargs |= {CACHE_NAME: past_key_values, "position_embeddings": position_embeddings}
+            return super().forward(hidden_states, attention_mask, position_ids, **kwargs)
 
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_heads, q_len, head_dim]
@@ -231,6 +251,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @_takes_either_cache_name
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
@@ -239,6 +260,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}
+        kwargs[CACHE_NAME] = kwargs.pop("past_key_values", None)
         return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
 
     def _route_as_released(self, tokens, attention_mask, kwargs) -> ReleasedRouting | torch.Tensor | None:
@@ -276,6 +298,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         self.rope_deltas = None
         self.post_init()
 
+    @_takes_either_cache_name
     def forward(
         self,
         input_ids=None,
@@ -320,13 +343,13 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_routing=routing,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
-        cache = past_key_values if past_key_values is not None else getattr(outputs, "past_key_values", None)
+        cache = past_key_values if past_key_values is not None else getattr(outputs, CACHE_NAME, None)
         if cache is not None:
             cache.mrope_deltas = self.rope_deltas
         return outputs
@@ -452,6 +475,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             truncate_seconds=self.config.nsa_variant == "released",
         )
 
+    @_takes_either_cache_name
     def compute_3d_position_ids(
         self,
         input_ids,
@@ -485,7 +509,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             video_grid_thw=video_grid_thw,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
         )
         # transformers counts from the whole mask where there is one; only the new tokens are asked for.
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
@@ -507,6 +531,7 @@ class VideoNSAForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @_takes_either_cache_name
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -520,9 +545,9 @@ class VideoNSAForConditionalGeneration(
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
         # `generate` feeds the prompt in its first iteration, in one or several calls, and generated tokens, which are
@@ -550,7 +575,7 @@ class VideoNSAForConditionalGeneration(
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
         if image_grid is None and video_grid is None:
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE_NAME)
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
@@ -576,7 +601,7 @@ class VideoNSAForConditionalGeneration(
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """Override: on a kept cache, the vision tower sees the images and videos that are not in it yet."""
-        cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+        cache, types = model_kwargs.get(CACHE_NAME), model_kwargs.get("mm_token_type_ids")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and types is not None:
             _drop_cached_media_(model_kwargs, types, past, self.model.visual.spatial_merge_size)
@@ -630,6 +655,7 @@ class VideoNSAForConditionalGeneration(
             generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
         )
 
+    @_takes_either_cache_name
     def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
         """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
         is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"
