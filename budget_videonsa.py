@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # videos' needs torchvision
 
 MIN_SAMPLED_FRAMES = 4
 """Frames that sampling by `fps` takes at least, if the video has them (qwen-vl-utils' FPS_MIN_FRAMES)."""

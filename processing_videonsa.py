@@ -6,6 +6,7 @@ Tokens, grids and timing are those of Qwen2.5-VL. What is added: the choice of f
 """
 
 import difflib
+import importlib
 import inspect
 import math
 import os
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack, VideosKwargs
-from transformers.utils import logging
+from transformers.utils import is_torchvision_available, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput
 
@@ -35,6 +37,9 @@ try:
     from .files_videonsa import read_for_qwen_vl_utils
     from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
     from .hub_videonsa import PushMixin
+    from .pixels_videonsa import PlainVideoProcessor
+    from .serving_videonsa import bad_request, drop_guesses, is_server_call, register
+    from .sources_videonsa import load_images, shorten
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -50,6 +55,9 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
     from files_videonsa import read_for_qwen_vl_utils
     from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
     from hub_videonsa import PushMixin
+    from pixels_videonsa import PlainVideoProcessor
+    from serving_videonsa import bad_request, drop_guesses, is_server_call, register
+    from sources_videonsa import load_images, shorten
 
 logger = logging.get_logger(__name__)
 
@@ -161,6 +169,18 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         return {"config": None}
 
     @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        if is_torchvision_available():
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        parts = (AutoImageProcessor, AutoTokenizer, PlainVideoProcessor)  # in the order of `__init__`
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if isinstance(argument, PlainVideoProcessor):
+            return PlainVideoProcessor  # transformers looks the class it expects up among those of torchvision
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         for name in kwargs:
             close = difflib.get_close_matches(name, _OWN_OPTIONS, n=1, cutoff=0.85)
@@ -185,8 +205,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
 
         Its own readers need decord, torchcodec, or a torchvision that still has `torchvision.io.read_video`.
         """
-        from qwen_vl_utils import vision_process
-
+        # Not an import statement: transformers would demand the package of everyone who loads this file from the Hub.
+        vision_process = importlib.import_module("qwen_vl_utils.vision_process")
         # "torchvision" is also what it falls back to, with another error than the reader's own.
         for name in ("pyav", "torchvision"):
             vision_process.VIDEO_READER_BACKENDS[name] = read_for_qwen_vl_utils
@@ -246,8 +266,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
 
         Args:
             text: prompt(s) with one `<|image_pad|>` or `<|video_pad|>` for each image or video.
-            videos: for each video a path, a list of frames (PIL images, image paths or arrays), an array or tensor
-                (T, H, W, C) or (T, C, H, W) with values 0 to 255, or a pair (array, metadata).
+            images: PIL images, arrays, or what `sources_videonsa.resolve_source` takes: a path, URI, the bytes of a
+                file or a binary file.
+            videos: for each video what `resolve_source` takes, a list of frames (PIL images, arrays or references to
+                images), an array or tensor (T, H, W, C) or (T, C, H, W) with values 0 to 255, or a pair (array,
+                metadata).
             fps: as in the class; or one number per video, as in qwen-vl-utils' `video_kwargs`. For arrays and frame
                 lists without `video_metadata` it is the rate at which they were sampled.
             num_frames, max_frames, min_pixels_per_frame, max_pixels_per_frame, max_total_tokens: as in the class.
@@ -277,6 +300,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             "do_sample_frames": do_sample_frames,
         }
         named, resizing, kwargs = self._sort_options(named, kwargs)
+        images = load_images(images)
         if videos is None:
             return super().__call__(images=images, text=text, **kwargs)
 
@@ -306,6 +330,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             # What the video processor would do, but frame by frame where a file is read.
             if frames.shape[-2:] == (plan.height, plan.width):
                 return frames
+            if isinstance(self.video_processor, PlainVideoProcessor):
+                return self.video_processor.resize_frames(frames, plan.height, plan.width, resizing["resample"])
             size = SizeDict(height=plan.height, width=plan.width)
             return BaseVideoProcessor.resize(self.video_processor, frames, size=size, resample=resizing["resample"])
 
@@ -363,6 +389,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         Raises:
             ValueError: as a call; or a video in a message carries an option that is not known.
         """
+        if is_server_call(kwargs):
+            try:
+                return self.apply_chat_template(conversation, chat_template, **drop_guesses(kwargs))
+            except ValueError as error:
+                raise bad_request(error) from error
         if kwargs.get("tokenize"):
             conversation = _with_requests(conversation)
             own = inspect.signature(super().apply_chat_template).parameters
@@ -447,7 +478,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             request = video if isinstance(video, VideoRequest) else VideoRequest(video)
             asked = VideoOptions(**{**options, "fps": rate})
             mine = self._within_limit(request.options, asked.max_pixels_per_frame or self.max_pixels_per_frame)
-            requests.append(replace(request, options=mine.over(asked), metadata=request.metadata or entry))
+            requests.append(VideoRequest(request.video, mine.over(asked), request.metadata or entry))
         return requests
 
     @staticmethod
@@ -534,7 +565,8 @@ def _with_requests(conversation: Any) -> Any:
 def _with_request(part: Any) -> Any:
     if isinstance(part, Mapping) and part.get("type", "text") not in _CONTENT_TYPES:
         # The template would leave it out, and the model would answer about nothing.
-        raise ValueError(f"`type` of a part of a message must be one of {_CONTENT_TYPES}, got {part['type']!r}")
+        got = shorten(repr(part["type"]))
+        raise ValueError(f"`type` of a part of a message must be one of {_CONTENT_TYPES}, got {got}")
     if not isinstance(part, Mapping) or part.get("type", "video") != "video":
         return part
     # `url` and `path` tell of a video only where `type` does.
@@ -553,6 +585,7 @@ def _with_request(part: Any) -> Any:
     return {"type": "video", "video": VideoRequest(part[places[0]], VideoOptions(**options))}
 
 
+register()
 VideoNSAProcessor.register_for_auto_class()
 
 __all__ = ["VideoNSAProcessor", "VideoPlan", "VideoSource"]

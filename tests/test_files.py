@@ -285,7 +285,7 @@ def broken(tmp_path: Path, kind: str) -> Path | str:
         ("empty", "empty"),
         ("folder", "not a video file"),
         ("text", "cannot be opened as a video"),
-        ("url", "no such video file"),
+        ("url", "VIDEONSA_ALLOW_HTTP"),
         ("audio only", "no video stream .*audio"),
         ("no frames", "no frames|no video stream"),
         ("index cut off", "no video stream|cannot be opened"),
