@@ -6,6 +6,8 @@ the model calls them `model.language_model.layers.*` and `model.visual.*`. trans
 `load_state_dict(strict=False)`, which would leave every weight as it was.
 """
 
+from copy import deepcopy
+
 import torch
 from torch import nn
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -23,7 +25,8 @@ class CheckpointNamesMixin:
         super().__init_subclass__(**kwargs)
         # `from_pretrained` looks them up by the name of the class, so a class that inherits needs an entry of its own.
         if cls._checkpoint_renamings is not None:
-            register_checkpoint_conversion_mapping(cls.__name__, cls._checkpoint_renamings, overwrite=True)
+            # A copy: renamings remember that they were used, and `save_pretrained` goes by that.
+            register_checkpoint_conversion_mapping(cls.__name__, deepcopy(cls._checkpoint_renamings), overwrite=True)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Override: torch calls this, with its own copy of the caller's dict, before it loads the submodules."""

@@ -147,6 +147,14 @@ def test_classes_that_inherit(folders, source):
     assert_equal_weights(model, source.state_dict())
 
 
+def test_checkpoints_keep_the_names_they_came_with(source, folders, tmp_path):
+    """Also where others were loaded by hand before."""
+    for kind in ("new", "old"):
+        source.load_state_dict(load_all(folders / "old"))
+        VideoNSAForConditionalGeneration.from_pretrained(folders / kind).save_pretrained(tmp_path)
+        assert load_all(tmp_path).keys() == load_all(folders / kind).keys()
+
+
 def test_own_names_are_loaded_as_before(source, tied):
     """What torch reports of wrong, missing and surplus names, and of shapes, is what it reports without the mixin."""
     weights = {name: x for name, x in source.state_dict().items() if "norm" not in name}
