@@ -259,7 +259,7 @@ def forward_in_operator(*args, save: bool, rows: int) -> tuple[Tensor, Tensor, T
 
     Args:
         save: whether it will be needed.
-        rows: how many rows it shall have, at least as many as queries; those after the queries hold nothing.
+        rows: how many rows it shall have, at least as many as queries; those after the queries are zero.
     Returns:
         o; block indices (rows, num_kv_heads, block_counts), outputs (1 or 3, rows, num_heads, head_dim) and lse
         (3, rows, num_heads), all three empty where nothing is saved.
@@ -281,6 +281,7 @@ def forward_in_operator(*args, save: bool, rows: int) -> tuple[Tensor, Tensor, T
             for place, part in zip(target, source, strict=True):
                 if part is not None:
                     place[: len(q)] = part
+                place[len(q) if part is not None else 0 :] = 0  # never read, but a function has one value
     return o, *saved
 
 
