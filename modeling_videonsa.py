@@ -90,7 +90,7 @@ def _kernel_module(name: str):
 nsa_attention = _kernel_module("attention").nsa_attention
 _layer, _operators = _kernel_module("layer"), _kernel_module("operators")
 _released, _routing = _kernel_module("released"), _kernel_module("routing")
-ReleasedRouting, TextRun, VisionRouting = _released.ReleasedRouting, _routing.TextRun, _routing.VisionRouting
+ReleasedRouting, VisionRouting = _released.ReleasedRouting, _routing.VisionRouting
 
 # From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
 _PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
