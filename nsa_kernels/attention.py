@@ -9,112 +9,144 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import compression, reference, selection, sliding_window, topk, utils
+from . import compression, operators, reference, selection, sliding_window, topk, utils
 
 BACKENDS = utils.BACKENDS
 SequenceLengths = utils.SequenceLengths
 resolve_backend = utils.resolve_backend
 
 
-class _NSAFunction(torch.autograd.Function):
-    """The torch backend. Keeps, besides the inputs, the chosen blocks, three lse and o_slc; recomputes the rest."""
+def forward(
+    q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale, save: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor]]:
+    """The torch backend's output, and what `backward` wants besides the inputs: the rest it recomputes.
 
+    Returns:
+        o; block indices, [o_slc], [lse_cmp, lse_slc, lse_swa], or nothing in them unless they are to be saved.
+    """
+    group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
+    acc = utils.accumulate_dtype(q.dtype)
+    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+    o = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if save:
+        o_slc_all = torch.empty_like(o)
+        lse_all = torch.empty(3, *q.shape[:2], dtype=acc, device=q.device)
+        indices_all = torch.empty(q.shape[0], num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
+    for span in lengths.spans():
+        for head in range(num_kv_heads):
+            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+            k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+            k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
+            for chunk, first in _chunks(span, block_size * block_counts, size):
+                index = chunk, utils.head_slice(head, group_size)
+                q_chunk = q[index].to(acc)
+                o_cmp, lse_cmp, indices = _compress_and_choose(
+                    q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
+                )
+                if _selects_all(first, block_size, block_counts):
+                    o_slc, lse_slc = sliding_window.window_forward(
+                        q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
+                    )
+                else:
+                    o_slc, lse_slc = selection.selection_forward(
+                        q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
+                    )
+                o_swa, lse_swa = sliding_window.window_forward(
+                    q_chunk, k_head, v_head, first, window_size, softmax_scale
+                )
+                if save:
+                    o_slc_all[index], indices_all[chunk, head] = o_slc, indices
+                    for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
+                        lse_all[branch][index] = lse
+                for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
+                    branch.mul_(gate[index][..., None])
+                o[index] = o_cmp.add_(o_slc).add_(o_swa)
+    if save:
+        return o, indices_all, [o_slc_all], list(lse_all)
+    return o, None, [], []
+
+
+def backward(
+    do,
+    q,
+    k,
+    v,
+    g_cmp,
+    g_slc,
+    g_swa,
+    indices,
+    outputs,
+    lses,
+    lengths,
+    block_size,
+    block_counts,
+    window_size,
+    softmax_scale,
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and the gates, from do, the inputs of `forward` and what it returned."""
+    (o_slc,), (lse_cmp, lse_slc, lse_swa) = outputs, lses
+    group_size = q.shape[1] // k.shape[1]
+    acc = utils.accumulate_dtype(q.dtype)
+    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+    dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
+    )
+    for span in lengths.spans():
+        for head in range(k.shape[1]):
+            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+            k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+            dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+            k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
+            dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+            # The branches add into the same memory; a window never reaches the padding of the last block.
+            dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
+            for chunk, first in _chunks(span, block_size * block_counts, size):
+                index = chunk, utils.head_slice(head, group_size)
+                q_chunk, do_chunk = q[index].to(acc), do[index].to(acc)
+                gate_cmp, gate_slc, gate_swa = (gate[index].to(acc) for gate in (g_cmp, g_slc, g_swa))
+                dq_cmp, dg_cmp[index] = compression.compression_backward(
+                    q_chunk, k_cmp, v_cmp, do_chunk, lse_cmp[index], dk_cmp, dv_cmp,
+                    first, block_size, softmax_scale, gate_cmp,
+                )  # fmt: skip
+                if _selects_all(first, block_size, block_counts):
+                    dq_slc, dg_slc[index] = sliding_window.window_backward(
+                        q_chunk, k_head, v_head, do_chunk, lse_slc[index], dk_head, dv_head,
+                        first, block_size * block_counts, softmax_scale, gate_slc,
+                    )  # fmt: skip
+                else:
+                    delta = (o_slc[index] * do_chunk).sum(-1)
+                    dg_slc[index] = delta
+                    dq_slc = selection.selection_backward(
+                        q_chunk, k_blocks, v_blocks, indices[chunk, head], do_chunk, lse_slc[index], delta,
+                        dk_blocks, dv_blocks, first, softmax_scale, scratch, gate_slc,
+                    )  # fmt: skip
+                dq_swa, dg_swa[index] = sliding_window.window_backward(
+                    q_chunk, k_head, v_head, do_chunk, lse_swa[index], dk_head, dv_head,
+                    first, window_size, softmax_scale, gate_swa,
+                )  # fmt: skip
+                dq[index] = dq_cmp.add_(dq_slc).add_(dq_swa)
+            compression.unpool_blocks_(dk_head, dk_cmp, block_size)
+            compression.unpool_blocks_(dv_head, dv_cmp, block_size)
+            dk[span.k_start : span.k_end, head] = dk_head
+            dv[span.k_start : span.k_end, head] = dv_head
+    return dq, dk, dv, dg_cmp, dg_slc, dg_swa
+
+
+class _NSAFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale):
-        group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
-        acc = utils.accumulate_dtype(q.dtype)
-        size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
-        o = torch.empty_like(q, memory_format=torch.contiguous_format)
-        needs_grad = any(ctx.needs_input_grad)
-        if needs_grad:
-            o_slc_all = torch.empty_like(o)
-            lse_all = torch.empty(3, *q.shape[:2], dtype=acc, device=q.device)
-            indices_all = torch.empty(q.shape[0], num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
-        for span in lengths.spans():
-            for head in range(num_kv_heads):
-                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
-                k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
-                for chunk, first in _chunks(span, block_size * block_counts, size):
-                    index = chunk, utils.head_slice(head, group_size)
-                    q_chunk = q[index].to(acc)
-                    o_cmp, lse_cmp, indices = _compress_and_choose(
-                        q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
-                    )
-                    if _selects_all(first, block_size, block_counts):
-                        o_slc, lse_slc = sliding_window.window_forward(
-                            q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
-                        )
-                    else:
-                        o_slc, lse_slc = selection.selection_forward(
-                            q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
-                        )
-                    o_swa, lse_swa = sliding_window.window_forward(
-                        q_chunk, k_head, v_head, first, window_size, softmax_scale
-                    )
-                    if needs_grad:
-                        o_slc_all[index], indices_all[chunk, head] = o_slc, indices
-                        for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
-                            lse_all[branch][index] = lse
-                    for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
-                        branch.mul_(gate[index][..., None])
-                    o[index] = o_cmp.add_(o_slc).add_(o_swa)
-        if needs_grad:
-            ctx.save_for_backward(q, k, v, g_cmp, g_slc, g_swa, indices_all, o_slc_all, lse_all)
-            ctx.args = lengths, block_size, block_counts, window_size, softmax_scale
+    def forward(ctx, *args):
+        o, indices, outputs, lses = forward(*args, save=any(ctx.needs_input_grad))
+        if indices is not None:
+            ctx.save_for_backward(*args[:6], indices, *outputs, *lses)
+            ctx.args = args[6:]
         return o
 
     @staticmethod
     @once_differentiable
     @utils.backward_without_autocast
     def backward(ctx, do):
-        q, k, v, g_cmp, g_slc, g_swa, indices, o_slc, (lse_cmp, lse_slc, lse_swa) = ctx.saved_tensors
-        lengths, block_size, block_counts, window_size, softmax_scale = ctx.args
-        group_size = q.shape[1] // k.shape[1]
-        acc = utils.accumulate_dtype(q.dtype)
-        size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
-        dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
-            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
-        )
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
-                dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-                k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
-                dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
-                # The branches add into the same memory; a window never reaches the padding of the last block.
-                dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
-                for chunk, first in _chunks(span, block_size * block_counts, size):
-                    index = chunk, utils.head_slice(head, group_size)
-                    q_chunk, do_chunk = q[index].to(acc), do[index].to(acc)
-                    gate_cmp, gate_slc, gate_swa = (gate[index].to(acc) for gate in (g_cmp, g_slc, g_swa))
-                    dq_cmp, dg_cmp[index] = compression.compression_backward(
-                        q_chunk, k_cmp, v_cmp, do_chunk, lse_cmp[index], dk_cmp, dv_cmp,
-                        first, block_size, softmax_scale, gate_cmp,
-                    )  # fmt: skip
-                    if _selects_all(first, block_size, block_counts):
-                        dq_slc, dg_slc[index] = sliding_window.window_backward(
-                            q_chunk, k_head, v_head, do_chunk, lse_slc[index], dk_head, dv_head,
-                            first, block_size * block_counts, softmax_scale, gate_slc,
-                        )  # fmt: skip
-                    else:
-                        delta = (o_slc[index] * do_chunk).sum(-1)
-                        dg_slc[index] = delta
-                        dq_slc = selection.selection_backward(
-                            q_chunk, k_blocks, v_blocks, indices[chunk, head], do_chunk, lse_slc[index], delta,
-                            dk_blocks, dv_blocks, first, softmax_scale, scratch, gate_slc,
-                        )  # fmt: skip
-                    dq_swa, dg_swa[index] = sliding_window.window_backward(
-                        q_chunk, k_head, v_head, do_chunk, lse_swa[index], dk_head, dv_head,
-                        first, window_size, softmax_scale, gate_swa,
-                    )  # fmt: skip
-                    dq[index] = dq_cmp.add_(dq_slc).add_(dq_swa)
-                compression.unpool_blocks_(dk_head, dk_cmp, block_size)
-                compression.unpool_blocks_(dv_head, dv_cmp, block_size)
-                dk[span.k_start : span.k_end, head] = dk_head
-                dv[span.k_start : span.k_end, head] = dv_head
-        return dq, dk, dv, dg_cmp, dg_slc, dg_swa, None, None, None, None, None
+        *inputs, indices, o_slc, lse_cmp, lse_slc, lse_swa = ctx.saved_tensors
+        return *backward(do, *inputs, indices, [o_slc], [lse_cmp, lse_slc, lse_swa], *ctx.args), *[None] * 5
 
 
 def _selects_all(first: int, block_size: int, block_counts: int) -> bool:
@@ -180,6 +212,31 @@ def nsa_attention(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    inputs = q, k, v, g_cmp, g_slc, g_swa
+    settings = block_size, block_counts, window_size, softmax_scale
+    if torch.compiler.is_compiling():
+        boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
+        return _operator(*inputs, *boundaries, *settings, backend, operators.records_grad(*inputs))[0]
+    args, backend = _checked(*inputs, cu_seqlens_q, cu_seqlens_k, *settings, backend)
+    with utils.no_autocast(q.device):
+        if backend == "reference":
+            return reference.nsa_attention_ref(*args)
+        if backend == "triton":
+            from . import triton_attention
+
+            return triton_attention.nsa_attention(*args)
+        return _NSAFunction.apply(*args)
+
+
+def _checked(
+    q, k, v, g_cmp, g_slc, g_swa, cu_seqlens_q, cu_seqlens_k, block_size, block_counts, window_size, softmax_scale,
+    backend,
+) -> tuple[tuple, str]:  # fmt: skip
+    """The arguments of `forward` without save, and the backend, resolved.
+
+    Raises:
+        ValueError, ImportError: as `nsa_attention`.
+    """
     utils.check_positive(block_size=block_size, block_counts=block_counts, window_size=window_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, v, lengths)
@@ -190,13 +247,89 @@ def nsa_attention(
                 f"got {gate.dtype} {tuple(gate.shape)} on {gate.device}"
             )
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    args = q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale
     backend = utils.resolve_backend(backend, q.device)
-    with utils.no_autocast(q.device):
-        if backend == "reference":
-            return reference.nsa_attention_ref(*args)
-        if backend == "triton":
-            from . import triton_attention
+    return (q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale), backend
 
-            return triton_attention.nsa_attention(*args)
-        return _NSAFunction.apply(*args)
+
+# In operators: what backward needs is returned, in memory whose shape does not depend on the backend's choices.
+
+
+def forward_in_operator(*args, save: bool, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`nsa_attention` of arguments as it takes them, and what `backward_in_operator` needs.
+
+    Args:
+        save: whether it will be needed.
+        rows: how many rows it shall have, at least as many as queries; those after the queries are zero.
+    Returns:
+        o; block indices (rows, num_kv_heads, block_counts), outputs (1 or 3, rows, num_heads, head_dim) and lse
+        (3, rows, num_heads), all three empty where nothing is saved.
+    """
+    args, backend = _checked(*args)
+    q, k, block_counts = args[0], args[1], args[8]
+    saved = empty_saved(q, k, rows, block_counts, backend, save)
+    if backend == "reference":
+        return reference.nsa_attention_ref(*args).contiguous(), *saved
+    if backend == "triton":
+        from . import triton_attention
+
+        o, indices, outputs, lses = triton_attention.forward_of_checked(*args, save=save)
+    else:
+        o, indices, outputs, lses = forward(*args, save=save)
+    if save:
+        parts = [indices], outputs, lses
+        for target, source in zip((saved[0][None], *saved[1:]), parts, strict=True):
+            for place, part in zip(target, source, strict=True):
+                if part is not None:
+                    place[: len(q)] = part
+                place[len(q) if part is not None else 0 :] = 0  # never read, but a function has one value
+    return o, *saved
+
+
+def empty_saved(q: Tensor, k: Tensor, rows: int, block_counts: int, backend: str, save: bool) -> tuple[Tensor, ...]:
+    """Memory for block indices, outputs and lse, whatever the first dimensions of q and k."""
+    acc, backend = utils.accumulate_dtype(q.dtype), utils.resolve_backend(backend, q.device)
+    if not save or backend == "reference":
+        return tuple(q.new_empty(0, dtype=dtype) for dtype in (torch.int32, q.dtype, acc))
+    (num_heads, head_dim), num_kv_heads = q.shape[-2:], k.shape[-2]
+    return (
+        q.new_empty(rows, num_kv_heads, block_counts, dtype=torch.int32),
+        q.new_empty(3 if backend == "triton" else 1, rows, num_heads, head_dim),
+        q.new_empty(3, rows, num_heads, dtype=acc),
+    )
+
+
+def backward_in_operator(do, saved, *args) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and the gates; saved and args as `forward_in_operator` returned and got them."""
+    args, backend = _checked(*args)
+    inputs, settings, rows = args[:6], args[6:], len(do)
+    if backend == "reference":
+        return operators.vjp(lambda *x: reference.nsa_attention_ref(*x, *settings), inputs, do)
+    indices, outputs, lse = saved
+    saved = indices[:rows], list(outputs[:, :rows]), list(lse[:, :rows])
+    if backend == "triton":
+        from . import triton_attention
+
+        return triton_attention.backward_of_checked(do, *inputs, *saved, *settings)
+    return backward(do, *inputs, *saved, *settings)
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor g_cmp, Tensor g_slc, Tensor g_swa, Tensor cu_seqlens_q, Tensor cu_seqlens_k"
+)
+SETTINGS = "int block_size, int block_counts, int window_size, float? softmax_scale, str backend"
+
+
+def _fake(q, k, *args):
+    block_counts, backend, save = args[7], args[-2], args[-1]
+    return operators.like(q), *empty_saved(q, k, q.shape[0], block_counts, backend, save)
+
+
+_operator = operators.define_differentiable(
+    "nsa_attention",
+    f"{_INPUTS}, {SETTINGS}, bool save",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    lambda *args: forward_in_operator(*args[:-1], save=args[-1], rows=len(args[0])),
+    _fake,
+    num_inputs=6,
+    backward=lambda do, saved, *args: backward_in_operator(do, saved, *args[:-1]),
+)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference, utils
+from . import operators, reference, utils
 
 
 def pool_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -218,6 +218,9 @@ def compression_attention(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    if torch.compiler.is_compiling():
+        boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
+        return _operator(q, k, v, *boundaries, block_size, softmax_scale, backend)
     utils.check_positive(block_size=block_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, v, lengths)
@@ -231,3 +234,13 @@ def compression_attention(
 
             return triton_attention.compression_attention(q, k, v, lengths, block_size, softmax_scale)
         return _CompressionFunction.apply(q, k, v, lengths, block_size, softmax_scale)
+
+
+_operator = operators.define_differentiable(
+    "compression_attention",
+    f"{operators.BRANCH_INPUTS}, int block_size, float? softmax_scale, str backend",
+    "(Tensor, Tensor)",
+    lambda *args: compression_attention(*args[:5], block_size=args[5], softmax_scale=args[6], backend=args[7]),
+    operators.fake_branch,
+    num_inputs=3,
+)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import routing, selection, sliding_window, text_rows, utils
+from . import operators, routing, selection, sliding_window, text_rows, utils
 
 NUM_HEADS, NUM_KV_HEADS = 28, 4
 _PADDED_HEADS = 64
@@ -104,11 +104,15 @@ class ReleasedRouting:
     Attributes:
         samples: (sample, rows, layout): its index in the batch, a slice or an index tensor of its tokens without
             padding, and their layout.
+        plan: (2, batch, q_len), bool, on the CPU: which tokens are vision tokens, and which take part. What compiled
+            layers take (layer.py).
     """
 
     samples: list[tuple[int, slice | Tensor, TokenLayout]]
+    plan: Tensor
 
     @classmethod
+    @torch.compiler.disable
     def build(cls, tokens: Tensor, attention_mask, kwargs: dict, config) -> "ReleasedRouting | None":
         """From the arguments of the text model's call; `None` where it has no vision tokens: it is Qwen2.5-VL's then.
 
@@ -121,30 +125,41 @@ class ReleasedRouting:
         """
         position_ids, past_key_values = kwargs.get("position_ids"), kwargs.get("past_key_values")
         batch, length = tokens.shape[:2]
-        # Decoding steps leave here: no tensor is looked at on the host.
-        if position_ids is None or position_ids.ndim != 3 or length == 1:
+        if not may_hold_vision(tokens, kwargs):
             return None
         if position_ids.shape[1] not in (1, batch) or position_ids.shape[2] != length:
             raise ValueError(
                 f"`position_ids` must have shape (3 or 4, {batch}, {length}), got {tuple(position_ids.shape)}"
             )
         position_ids = position_ids.expand(-1, batch, -1)
-        is_vision = vision_mask_of(position_ids)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         fits = attention_mask is None or (routing.is_2d(attention_mask) and attention_mask.shape[1] >= past + length)
-        if not fits and not is_vision.any():
+        if not fits and not vision_mask_of(position_ids).any():
             return None
         attention_mask = routing.first_columns(attention_mask, past + length)
-        is_valid = torch.ones_like(is_vision) if attention_mask is None else attention_mask[:, past:].to(is_vision)
-        if is_valid.shape != is_vision.shape:
-            raise ValueError(
-                f"`attention_mask` must have shape {(batch, past + length)}, got {tuple(attention_mask.shape)}"
-            )
-        is_vision, is_valid = torch.stack([is_vision, is_valid]).cpu()  # the one transfer to the host
-        if not (is_vision & is_valid).any():
+        plan = cls.plan_of(position_ids, attention_mask, past)
+        if not (plan[0] & plan[1]).any():
             return None
         _check_nothing_cached(past)
         routing.check_sparse_call(attention_mask, position_ids, past, kwargs, config)
+        return cls.from_plan(plan, position_ids.device)
+
+    @staticmethod
+    def plan_of(position_ids: Tensor, attention_mask: Tensor | None, past: int = 0) -> Tensor:
+        """The plan of new tokens at these positions, (3 or 4, batch, q_len), with a mask (batch, past + q_len)."""
+        is_vision = vision_mask_of(position_ids)
+        is_valid = torch.ones_like(is_vision) if attention_mask is None else attention_mask[:, past:].to(is_vision)
+        if is_valid.shape != is_vision.shape:
+            batch, length = is_vision.shape
+            raise ValueError(
+                f"`attention_mask` must have shape {(batch, past + length)}, got {tuple(attention_mask.shape)}"
+            )
+        return torch.stack([is_vision, is_valid]).cpu()  # the one transfer to the host
+
+    @classmethod
+    def from_plan(cls, plan: Tensor, device: torch.device) -> "ReleasedRouting":
+        """Of a plan, calls that are all text included; index tensors are put on `device`."""
+        is_vision, is_valid = plan.cpu()
         samples = []
         for sample, (vision, valid) in enumerate(zip(is_vision, is_valid, strict=True)):
             rows = valid.nonzero().squeeze(-1)
@@ -154,7 +169,7 @@ class ReleasedRouting:
             if len(rows) == rows[-1] - rows[0] + 1:
                 rows = slice(int(rows[0]), int(rows[-1]) + 1)
             samples.append((sample, rows, layout))
-        return cls(samples).to(position_ids.device)
+        return cls(samples, plan).to(device)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "ReleasedRouting":
         """A copy on `device`. accelerate calls this for layers that live on another device than their inputs."""
@@ -163,6 +178,12 @@ class ReleasedRouting:
             rows = rows if isinstance(rows, slice) else rows.to(device, non_blocking=non_blocking)
             samples.append((sample, rows, layout.to(device, non_blocking=non_blocking)))
         return replace(self, samples=samples)
+
+
+def may_hold_vision(tokens: Tensor, kwargs: dict) -> bool:
+    """Whether a call, by its shapes, is more than a text prompt or a decoding step: no tensor is looked at."""
+    position_ids = kwargs.get("position_ids")
+    return position_ids is not None and position_ids.ndim == 3 and tokens.shape[1] > 1
 
 
 def check_token_types(token_types: Tensor, past: int, attention_mask, position_ids, kwargs: dict, config) -> None:
@@ -440,6 +461,9 @@ def released_block_indices(
     Raises:
         ValueError: as `released_attention`.
     """
+    if torch.compiler.is_compiling():
+        mask = vision_mask.vision_mask if isinstance(vision_mask, TokenLayout) else vision_mask
+        return _indices_operator(q.detach(), k.detach(), mask, block_size, block_counts, softmax_scale)
     layout = _check(q, k, None, vision_mask)
     check_settings(q.shape[1], k.shape[1], block_size, block_counts)
     scale = utils.resolve_scale(softmax_scale, q.shape[2])
@@ -484,6 +508,9 @@ def released_attention(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    if torch.compiler.is_compiling():
+        mask = vision_mask.vision_mask if isinstance(vision_mask, TokenLayout) else vision_mask
+        return _operator(q, k, v, gate_logits, mask, block_size, block_counts, window_size, softmax_scale, backend)
     layout = _check(q, k, v, vision_mask)
     check_settings(q.shape[1], k.shape[1], block_size, block_counts)
     utils.check_positive(window_size=window_size)
@@ -520,3 +547,29 @@ def released_attention(
             )
             _add_gated_(out, o_swa, g_swa, head)
         return out.to(dtype)
+
+
+_operator = operators.define_differentiable(
+    "released_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor gate_logits, Tensor vision_mask, int block_size, int block_counts, "
+    "int window_size, float? softmax_scale, str backend",
+    "Tensor",
+    lambda *args: released_attention(
+        *args[:5],
+        block_size=args[5],
+        block_counts=args[6],
+        window_size=args[7],
+        softmax_scale=args[8],
+        backend=args[9],
+    ).contiguous(),
+    lambda q, *_: operators.like(q),
+    num_inputs=4,
+)
+_indices_operator = operators.define(
+    "released_block_indices",
+    "(Tensor q, Tensor k, Tensor vision_mask, int block_size, int block_counts, float? softmax_scale) -> Tensor",
+    lambda *args: released_block_indices(
+        *args[:3], block_size=args[3], block_counts=args[4], softmax_scale=args[5]
+    ).contiguous(),
+    lambda q, k, *args: q.new_empty(q.shape[0], NUM_KV_HEADS, 1 << (args[2] - 1).bit_length(), dtype=torch.int32),
+)

@@ -1,9 +1,11 @@
 """Which rows of a forward call are vision rows, which are text rows, and which keys each may see."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
+from torch.utils import _pytree as pytree
 
 from . import utils
 
@@ -33,6 +35,8 @@ class VisionRouting:
         lengths: the samples' boundaries in the two.
         text_runs: the text rows.
         text_rows: (sample, row) index tensors of the text rows, in the order of `text_runs`.
+        plan: (3, batch, past + q_len), on the CPU: what all this was computed from. It is the same for the compiler
+            whatever the prompt, so this is what compiled layers take (layer.py).
     """
 
     vision_rows: tuple[torch.Tensor, torch.Tensor]
@@ -40,8 +44,10 @@ class VisionRouting:
     lengths: utils.SequenceLengths
     text_rows: tuple[torch.Tensor, torch.Tensor]
     text_runs: list[TextRun]
+    plan: torch.Tensor
 
     @classmethod
+    @torch.compiler.disable
     def build(
         cls,
         token_types: torch.Tensor,
@@ -61,18 +67,20 @@ class VisionRouting:
                 attention_mask is `None` and past 0.
             needs_vision: False routes calls that are all text, too.
         """
-        device = token_types.device
-        # One transfer to the host; everything below is arithmetic there, and the results go back in `.to(device)`.
+        # One transfer to the host; everything after it is arithmetic there.
         is_valid = torch.ones_like(token_types) if attention_mask is None else attention_mask
         starts = torch.zeros_like(token_types) if starts is None else starts
-        token_types, is_valid, starts = torch.stack(
-            [x.to(token_types.dtype) for x in (token_types, is_valid, starts)]
-        ).cpu()
+        plan = torch.stack([x.to(token_types.dtype) for x in (token_types, is_valid, starts)]).cpu()
+        if needs_vision and not ((plan[0] != 0) & (plan[1] != 0))[:, past:].any():
+            return None
+        return cls.from_plan(plan, past, token_types.device)
+
+    @classmethod
+    def from_plan(cls, plan: torch.Tensor, past: int, device: torch.device) -> "VisionRouting":
+        """Of a plan, calls that are all text included; index tensors are put on `device`."""
+        token_types, is_valid, starts = plan.cpu()
         is_valid = is_valid.bool()
         is_vision = (token_types != 0) & is_valid
-        if needs_vision and not is_vision[:, past:].any():
-            return None
-
         text_runs, lengths_q, lengths_k = [], [], []
         for row, (valid, vision) in enumerate(zip(is_valid, is_vision, strict=True)):
             firsts = {0, *starts[row].nonzero().squeeze(-1).tolist()}
@@ -87,6 +95,7 @@ class VisionRouting:
             lengths=utils.SequenceLengths.from_lengths(lengths_q, lengths_k),
             text_rows=(is_valid & ~is_vision)[:, past:].nonzero(as_tuple=True),
             text_runs=text_runs,
+            plan=plan,
         ).to(device)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "VisionRouting":
@@ -105,7 +114,58 @@ class VisionRouting:
                 return replace(value, cu_seqlens_q=move(value.cu_seqlens_q), cu_seqlens_k=move(value.cu_seqlens_k))
             return value
 
-        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+        moved = {field.name: move(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **(moved | {"plan": self.plan}))
+
+
+# torch.export takes a routing apart, since it is an argument of the language model: its tensors are inputs of the
+# graph, and everything else, which the graph is specialised on, is the structure that they are in.
+_PARTS = {part.__name__: part for part in (VisionRouting, TextRun, utils.SequenceLengths)}
+
+
+def _take_apart(value, tensors: list[torch.Tensor]):
+    """Append the tensors in `value` to `tensors`; returns the rest, of types that JSON has."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return None
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop]}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_take_apart(item, tensors) for item in value]}
+    if type(value).__name__ in _PARTS:
+        return {type(value).__name__: [_take_apart(getattr(value, field.name), tensors) for field in fields(value)]}
+    return value
+
+
+def _put_together(rest, tensors: Iterator[torch.Tensor]):
+    if rest is None:
+        return next(tensors)
+    if not isinstance(rest, dict):
+        return rest
+    [(kind, items)] = rest.items()
+    if kind == "slice":
+        return slice(*items)
+    items = [_put_together(item, tensors) for item in items]
+    return _PARTS[kind](*items) if kind in _PARTS else tuple(items) if kind == "tuple" else items
+
+
+def _flatten(routing: VisionRouting) -> tuple[list[torch.Tensor], dict]:
+    rest = _take_apart(routing, tensors := [])
+    return tensors, rest
+
+
+def _flatten_with_keys(routing: VisionRouting):
+    tensors, rest = _flatten(routing)
+    return [(pytree.SequenceKey(index), tensor) for index, tensor in enumerate(tensors)], rest
+
+
+pytree.register_pytree_node(
+    VisionRouting,
+    _flatten,
+    lambda tensors, rest: _put_together(rest, iter(tensors)),
+    serialized_type_name="videonsa.VisionRouting",
+    flatten_with_keys_fn=_flatten_with_keys,
+)
 
 
 def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
@@ -171,11 +231,16 @@ def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *co
             "pass them as rows of a batch; or, with nsa_variant='paper' and neither `attention_mask` nor a cache, pass "
             "`position_ids` of shape (4, batch, q_len) whose text positions start at 0 in every sample"
         )
-    if kwargs.get("output_attentions", any(config.output_attentions for config in configs)):
+    if wants_weights(kwargs, *configs):
         raise ValueError(
             "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
             "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
         )
+
+
+def wants_weights(kwargs: dict, *configs) -> bool:
+    """Whether a call asks for attention weights."""
+    return bool(kwargs.get("output_attentions", any(config.output_attentions for config in configs)))
 
 
 def _restarts(position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, past: int) -> bool:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference, utils
+from . import operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
@@ -283,6 +283,9 @@ def selection_attention(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    if torch.compiler.is_compiling():
+        boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
+        return _operator(q, k, v, block_indices, *boundaries, block_size, softmax_scale, backend)
     utils.check_positive(block_size=block_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, v, lengths)
@@ -305,3 +308,14 @@ def selection_attention(
 
             return triton_attention.selection_attention(q, k, v, block_indices, lengths, block_size, softmax_scale)
         return _SelectionFunction.apply(q, k, v, block_indices, lengths, block_size, softmax_scale)
+
+
+_operator = operators.define_differentiable(
+    "selection_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor block_indices, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, "
+    "float? softmax_scale, str backend",
+    "(Tensor, Tensor)",
+    lambda *args: selection_attention(*args[:6], block_size=args[6], softmax_scale=args[7], backend=args[8]),
+    operators.fake_branch,
+    num_inputs=3,
+)

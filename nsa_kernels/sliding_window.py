@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import reference, utils
+from . import operators, reference, utils
 
 # Query tokens per tile. A tile computes window_size + tile - 1 columns for window_size useful ones.
 _TILE_TOKENS = {"cpu": 64}
@@ -168,6 +168,9 @@ def sliding_window_attention(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    if torch.compiler.is_compiling():
+        boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
+        return _operator(q, k, v, *boundaries, window_size, softmax_scale, backend)
     utils.check_positive(window_size=window_size)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, v, lengths)
@@ -181,3 +184,13 @@ def sliding_window_attention(
 
             return triton_attention.sliding_window_attention(q, k, v, lengths, window_size, softmax_scale)
         return _WindowFunction.apply(q, k, v, lengths, window_size, softmax_scale)
+
+
+_operator = operators.define_differentiable(
+    "sliding_window_attention",
+    f"{operators.BRANCH_INPUTS}, int window_size, float? softmax_scale, str backend",
+    "(Tensor, Tensor)",
+    lambda *args: sliding_window_attention(*args[:5], window_size=args[5], softmax_scale=args[6], backend=args[7]),
+    operators.fake_branch,
+    num_inputs=3,
+)

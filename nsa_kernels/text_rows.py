@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import utils
+from . import operators, utils
 
 # Elements of a mask: 32 MB, and 128 MB where torch turns it into float32.
 _MASK_ELEMENTS = 1 << 25
@@ -41,6 +41,8 @@ def text_rows_attention(
     Raises:
         ValueError: an argument has a wrong shape or dtype, or there are more rows than keys.
     """
+    if torch.compiler.is_compiling():
+        return _operator(q, k, v, positions, softmax_scale, backend)
     num_rows, num_keys = q.shape[0], k.shape[0]
     utils.check_qkv(q, k, v, utils.SequenceLengths.from_lengths([num_rows], [num_keys]))
     if positions is not None and (positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64)):
@@ -76,3 +78,15 @@ def text_rows_attention(
         )
         outputs.append(o.unflatten(2, (group_size, -1)))
     return torch.cat(outputs, dim=3).flatten(1, 2)[0].transpose(0, 1)
+
+
+_operator = operators.define_differentiable(
+    "text_rows_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? positions, float? softmax_scale, str backend",
+    "Tensor",
+    lambda q, k, v, positions, scale, backend: text_rows_attention(
+        q, k, v, scale, positions=positions, backend=backend
+    ).contiguous(),
+    lambda q, *_: operators.like(q),
+    num_inputs=3,
+)

@@ -9,7 +9,7 @@ Native Sparse Attention (arXiv:2502.11089), equations 10 to 12. Ties go to the l
 import torch
 from torch import Tensor
 
-from . import compression, reference, utils
+from . import compression, operators, reference, utils
 
 
 def choose_blocks(importance: Tensor, first: int, block_size: int, block_counts: int) -> Tensor:
@@ -67,6 +67,9 @@ def select_blocks(
     Raises:
         ValueError: an argument has a wrong value, shape or dtype. ImportError: triton is not installed.
     """
+    if torch.compiler.is_compiling():
+        boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
+        return _operator(q.detach(), k.detach(), *boundaries, block_size, block_counts, softmax_scale, backend)
     utils.check_positive(block_size=block_size, block_counts=block_counts)
     lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
     utils.check_qkv(q, k, None, lengths)
@@ -96,3 +99,14 @@ def _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale):
                 for rows, probs, _ in compression.probability_tiles(q_chunk, k_cmp, first, block_size, softmax_scale):
                     out[rows] = choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
     return indices
+
+
+_operator = operators.define(
+    "select_blocks",
+    "(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int block_size, int block_counts, "
+    "float? softmax_scale, str backend) -> Tensor",
+    lambda *args: select_blocks(
+        *args[:4], block_size=args[4], block_counts=args[5], softmax_scale=args[6], backend=args[7]
+    ),
+    lambda q, k, *args: q.new_empty(q.shape[0], k.shape[1], args[3], dtype=torch.int32),
+)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dense_causal, triton_compression, triton_selection, triton_tiles, triton_window, utils
+from . import dense_causal, operators, triton_compression, triton_selection, triton_tiles, triton_window, utils
 
 try:
     import triton
@@ -227,12 +227,8 @@ def _check(q: Tensor, lengths: utils.SequenceLengths) -> None:
 
 
 def _prepared(function: Callable) -> Callable:
-    """Kernels index the last dimension of q, k and v without a stride, and run on the current device.
+    """Kernels index the last dimension of q, k and v without a stride, and run on the current device."""
 
-    torch.compile breaks its graph here: it would trace the launches and what decides about them.
-    """
-
-    @torch.compiler.disable
     @functools.wraps(function)
     def wrapped(q, k, v, *args):
         with triton_tiles.current_device(q):
@@ -260,59 +256,108 @@ def selects_all(lengths: utils.SequenceLengths, reach: int) -> bool:
     return triton_tiles.longest(lengths.offsets_k) <= reach
 
 
-class _NSAFunction(torch.autograd.Function):
-    """Keeps the inputs, the outputs and lse of the branches, and the chosen blocks: memory linear in the tokens.
+def forward(
+    q, k, v, g_cmp, g_slc, g_swa, o_dense, lengths, block_size, block_counts, window_size, softmax_scale, save: bool
+) -> tuple[Tensor, Tensor | None, list[Tensor], list[Tensor | None]]:
+    """The output, and what `backward` wants besides the inputs: memory linear in the tokens.
 
-    o_dense is the output of selection where torch has computed it, or None; the gradient that it gets is gate * do.
+    Args:
+        o_dense: the output of selection where torch has computed it (`dense_selection`), or None.
+    Returns:
+        o; block indices, None where none were chosen; [o_cmp, o_slc, o_swa]; [lse_cmp, lse_slc, lse_swa], lse_slc None
+        with o_dense. With the last goes the gradient of selection: torch's own, or that of the kernels here.
     """
-
-    @staticmethod
-    def forward(
-        ctx, q, k, v, g_cmp, g_slc, g_swa, o_dense, lengths, block_size, block_counts, window_size, softmax_scale
-    ):
-        reach = block_size * block_counts
-        if selects_all(lengths, reach):
-            o_cmp, lse_cmp = triton_compression.compress(q, k, v, lengths, block_size, softmax_scale)
-            indices = None
-            if o_dense is None:
-                o_slc, lse_slc = triton_window.window_fwd(q, k, v, lengths, reach, softmax_scale)
-            else:
-                o_slc, lse_slc = o_dense, None
+    reach = block_size * block_counts
+    if selects_all(lengths, reach):
+        o_cmp, lse_cmp = triton_compression.compress(q, k, v, lengths, block_size, softmax_scale)
+        indices = None
+        if o_dense is None:
+            o_slc, lse_slc = triton_window.window_fwd(q, k, v, lengths, reach, softmax_scale)
         else:
-            o_cmp, lse_cmp, indices = triton_compression.compress_and_choose(
-                q, k, v, lengths, block_size, block_counts, softmax_scale
-            )
-            o_slc, lse_slc = triton_selection.selection_fwd(q, k, v, indices, lengths, block_size, softmax_scale)
-        o_swa, lse_swa = triton_window.window_fwd(q, k, v, lengths, window_size, softmax_scale)
-        o = _gated_sum([o_cmp, o_slc, o_swa], (g_cmp, g_slc, g_swa))
-        if any(ctx.needs_input_grad):
-            # With lse_slc goes the gradient of selection: torch's own, or that of the kernels here.
-            ctx.save_for_backward(q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa)
-            ctx.args = lengths, block_size, reach, window_size, softmax_scale
+            o_slc, lse_slc = o_dense, None
+    else:
+        o_cmp, lse_cmp, indices = triton_compression.compress_and_choose(
+            q, k, v, lengths, block_size, block_counts, softmax_scale
+        )
+        o_slc, lse_slc = triton_selection.selection_fwd(q, k, v, indices, lengths, block_size, softmax_scale)
+    o_swa, lse_swa = triton_window.window_fwd(q, k, v, lengths, window_size, softmax_scale)
+    o = _gated_sum([o_cmp, o_slc, o_swa], (g_cmp, g_slc, g_swa))
+    if save:
+        return o, indices, [o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa]
+    return o, None, [], []
+
+
+def backward(
+    do, q, k, v, g_cmp, g_slc, g_swa, indices, outputs, lses, lengths, block_size, block_counts, window_size,
+    softmax_scale,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of q, k, v, the gates and o_dense, from do, the inputs of `forward` and what it returned."""
+    gates, reach = (g_cmp, g_slc, g_swa), block_size * block_counts
+    delta, lse = _fold_gates(outputs, lses, gates, do)
+    of_cmp = triton_compression.compression_bwd(q, k, v, lse[0], do, delta[0], lengths, block_size, softmax_scale)
+    do_dense = None
+    if lses[1] is None:
+        of_slc = None, None, None
+        do_dense = (do * g_slc[..., None]).to(do.dtype)
+    elif indices is None:
+        of_slc = triton_window.window_bwd(q, k, v, lse[1], do, delta[1], lengths, reach, softmax_scale)
+    else:
+        of_slc = triton_selection.selection_bwd(
+            q, k, v, indices, lse[1], do, delta[1], lengths, block_size, softmax_scale
+        )
+    of_swa = triton_window.window_bwd(q, k, v, lse[2], do, delta[2], lengths, window_size, softmax_scale)
+    dq, dk, dv = (_add(parts, q.dtype) for parts in zip(of_cmp, of_swa, of_slc, strict=True))
+    dgates = (d.to(gate.dtype) for d, gate in zip(delta, gates, strict=True))
+    return dq, dk, dv, *dgates, do_dense
+
+
+class _NSAFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        o, indices, outputs, lses = forward(*args, save=any(ctx.needs_input_grad))
+        if outputs:
+            ctx.save_for_backward(*args[:6], indices, *outputs, *lses)
+            ctx.args = args[7:]
         return o
 
     @staticmethod
     @_prepared_backward
     def backward(ctx, do):
-        q, k, v, g_cmp, g_slc, g_swa, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa = ctx.saved_tensors
-        lengths, block_size, reach, window_size, softmax_scale = ctx.args
-        gates = g_cmp, g_slc, g_swa
-        delta, lse = _fold_gates([o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa], gates, do)
-        of_cmp = triton_compression.compression_bwd(q, k, v, lse[0], do, delta[0], lengths, block_size, softmax_scale)
-        do_dense = None
-        if lse_slc is None:
-            of_slc = None, None, None
-            do_dense = (do * g_slc[..., None]).to(do.dtype)
-        elif indices is None:
-            of_slc = triton_window.window_bwd(q, k, v, lse[1], do, delta[1], lengths, reach, softmax_scale)
-        else:
-            of_slc = triton_selection.selection_bwd(
-                q, k, v, indices, lse[1], do, delta[1], lengths, block_size, softmax_scale
-            )
-        of_swa = triton_window.window_bwd(q, k, v, lse[2], do, delta[2], lengths, window_size, softmax_scale)
-        dq, dk, dv = (_add(parts, q.dtype) for parts in zip(of_cmp, of_swa, of_slc, strict=True))
-        dgates = (d.to(gate.dtype) for d, gate in zip(delta, gates, strict=True))
-        return dq, dk, dv, *dgates, do_dense, None, None, None, None, None
+        *inputs, indices, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa = ctx.saved_tensors
+        saved = indices, [o_cmp, o_slc, o_swa], [lse_cmp, lse_slc, lse_swa]
+        return *backward(do, *inputs, *saved, *ctx.args), *[None] * 5
+
+
+def dense_selection(q, k, v, lengths, block_size, block_counts, _window_size, softmax_scale) -> Tensor | None:
+    """The output of selection where it is dense and torch computes it in one call, which autograd sees; else None."""
+    if selects_all(lengths, block_size * block_counts) and dense_causal.is_one_call(q, lengths):
+        return dense_causal.dense_causal_attention(q, k, v, lengths, softmax_scale)
+    return None
+
+
+def forward_of_checked(q, k, v, g_cmp, g_slc, g_swa, *args, save: bool):
+    """`nsa_attention` without autograd; returns what `forward` does."""
+    _check(q, args[0])
+    with triton_tiles.current_device(q):
+        q, k, v = map(triton_tiles.addressable, (q, k, v))
+        return forward(q, k, v, g_cmp, g_slc, g_swa, dense_selection(q, k, v, *args), *args, save=save)
+
+
+def backward_of_checked(do, q, k, v, g_cmp, g_slc, g_swa, indices, outputs, lses, *args) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and the gates from what `forward_of_checked` got and returned, None replaced by memory."""
+    lengths, block_size, block_counts = args[:3]
+    if selects_all(lengths, block_size * block_counts):
+        indices = None
+        if dense_causal.is_one_call(q, lengths):
+            lses = [lses[0], None, lses[2]]
+    with triton_tiles.current_device(q):
+        do, q, k, v = map(triton_tiles.addressable, (do, q, k, v))
+        *gradients, do_dense = backward(do, q, k, v, g_cmp, g_slc, g_swa, indices, outputs, lses, *args)
+        if do_dense is not None:
+            dense = operators.vjp(lambda *x: dense_selection(*x, *args), (q, k, v), do_dense)
+            gradients[:3] = (gradient.add_(part) for gradient, part in zip(gradients[:3], dense, strict=True))
+        gradients[3:] = (gradient.clone() for gradient in gradients[3:])  # they are parts of one tensor
+        return tuple(gradients)
 
 
 class _BranchFunction(torch.autograd.Function):
@@ -345,12 +390,8 @@ def nsa_attention(
         ValueError: what the kernels do not support.
     """
     _check(q, lengths)
-    o_dense = None
-    if selects_all(lengths, block_size * block_counts) and dense_causal.is_one_call(q, lengths):
-        o_dense = dense_causal.dense_causal_attention(q, k, v, lengths, softmax_scale)
-    return _NSAFunction.apply(
-        q, k, v, g_cmp, g_slc, g_swa, o_dense, lengths, block_size, block_counts, window_size, softmax_scale
-    )
+    args = lengths, block_size, block_counts, window_size, softmax_scale
+    return _NSAFunction.apply(q, k, v, g_cmp, g_slc, g_swa, dense_selection(q, k, v, *args), *args)
 
 
 @_prepared

@@ -169,7 +169,7 @@ def test_code_inside_the_repository_is_linked(tmp_path, monkeypatch):
 def test_a_few_steps_make_a_checkpoint_that_can_be_evaluated(tmp_path):
     steps = ["--vision-steps", "2", "--note-steps", "2", "--answer-steps", "2", "--cards", "32", "--conversations", "4"]
     command = [sys.executable, str(ROOT / "checkpoints" / "make_tiny.py"), str(tmp_path / "tiny"), *steps]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
     model = evaluate_tiny.load(tmp_path / "tiny")
     processor = evaluate_tiny.VideoNSAProcessor.from_pretrained(tmp_path / "tiny", trust_remote_code=True)
     held_out = evaluate_tiny.HeldOut(processor, 1, 16, 1, tmp_path)
