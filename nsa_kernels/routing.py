@@ -166,6 +166,8 @@ pytree.register_pytree_node(
     serialized_type_name="videonsa.VisionRouting",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# Where torch saves the example inputs of a graph by pickle, as 2.11 does, it reads them back by these names alone.
+torch.serialization.add_safe_globals([*_PARTS.values(), slice])
 
 
 def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
