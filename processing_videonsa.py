@@ -458,7 +458,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         """As in transformers. Options of an image or a video (`fps`, `max_pixels`, ...) in its message apply to it.
 
         Keys whose value is None are absent, in messages and in their parts. With `tokenize=True` the keywords of a call
-        are taken both directly and inside `processor_kwargs`.
+        are taken both directly and inside `processor_kwargs`. `load_audio_from_video`, which transformers' server sends
+        with every call, has no effect (`serving_videonsa.py`).
 
         Raises:
             ValueError: as a call; or something in the conversation, or `tools` or `documents`, would be ignored.
@@ -472,8 +473,6 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         for name in ("tools", "documents"):
             if kwargs.get(name) and name not in templates:
                 raise ValueError(f"`{name}` would be ignored: the chat template does not use it")
-        if kwargs.get("load_audio_from_video"):
-            raise ValueError("`load_audio_from_video`=True is not supported: the model takes no audio")
         is_read = bool(kwargs.get("tokenize"))
         conversation = parse_conversation(conversation, templates, is_read=is_read)
         if is_read:

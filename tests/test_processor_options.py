@@ -138,8 +138,6 @@ def test_what_would_be_ignored_is_named(processor, path, options, match):
 def test_options_twice_in_a_conversation(processor, path):
     with pytest.raises(ValueError, match="`fps` was given twice: as a keyword and in `processor_kwargs`"):
         apply(processor, message({"type": "video", "video": path}), fps=2, processor_kwargs={"fps": 2})
-    with pytest.raises(ValueError, match="`load_audio_from_video`"):
-        apply(processor, message({"type": "video", "video": path}), load_audio_from_video=True)
 
 
 def test_sizes_of_images_and_videos_are_set_together_or_apart(processor, path):
