@@ -8,8 +8,10 @@ qwen-vl-utils does. torchcodec is left out, and said to be, where it cannot be l
 """
 
 import argparse
+import datetime
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -27,7 +29,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import describe_machine
+
+from bench_cpu import cpu_model
 
 from files_videonsa import FileClip
 
@@ -129,8 +132,9 @@ def main() -> None:
         print(json.dumps(measure(reader, path, float(fps), arguments.minutes)))
         return
     film = {"minutes": arguments.minutes, "width": arguments.width, "height": arguments.height, "fps": RATE}
-    versions = {name: version(name) for name in ("av", "decord", "torchvision")}
-    results = {"machine": describe_machine(torch.device("cpu")) | versions, "film": film, "rows": []}
+    versions = {name: version(name) for name in ("av", "decord", "torch", "torchvision")}
+    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+    results = {"date": datetime.date.today().isoformat(), "machine": machine, "film": film, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         film = Path(folder) / "film.mp4"
         make_film(film, arguments.minutes, arguments.width, arguments.height)
