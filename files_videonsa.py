@@ -10,11 +10,13 @@ frame that does not come, an error, a group that does not begin with a key frame
 **Damage.** A group of pictures is damaged from the packet on in which the container or the decoder finds an error, up
 to its end. What is shown then is the last frame before the damage, with a warning that names the seconds. A video of
 which more than a tenth of the wanted frames (and more than one) is damaged raises a ValueError. Overwritten bytes that
-still are a valid stream are invisible to this: video codecs carry no checksums.
+still are a valid stream are invisible to this: video codecs carry no checksums. So are packets that the container
+leaves out without a word (Matroska does); the plan notes the hole in the times.
 """
 
 import bisect
 import importlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -74,6 +76,9 @@ class FileClip:
         if first is None:
             raise ValueError(f"{self.name}: no frame can be decoded; damaged, or its codec is not supported")
         self.listing.start_at(first.pts)
+        if first.format.has_palette:
+            # A palette is stored once, when it changes: no later frame can be decoded by itself.
+            self.listing.starts = [0]
         fps, timestamps, notes = self.listing.timing()
         height, width = shown_size(first, self.file.pixel_aspect)
         self.source = VideoSource(
@@ -177,7 +182,7 @@ class FileClip:
             previous_is_damaged = is_damaged
         where = ", ".join(f"{first:.2f} to {last:.2f} s" for first, last in spans)
         text = f"{self.name}: damaged at {where}: {count} of the {total} frames needed cannot be decoded"
-        if not reading.good or count > max(1, total * MAX_DAMAGED_SHARE):
+        if not reading.good or count > max(1, math.ceil(total * MAX_DAMAGED_SHARE)):
             raise ValueError(text)
         logger.warning(f"{text}; the last good frame before is shown there")
 
@@ -219,8 +224,7 @@ class FileClip:
         groups |= {max(group - 1, 0) for group in groups}
         if from_the_beginning:
             groups = set(range(max(groups) + 1))
-        marks = {number for number in listing.corrupt if listing.group_of(number) in groups}
-        seen = set()
+        marks, seen = set(), set()
         for number, frame in self._decoded(_merged(listing.group(group) for group in sorted(groups)), careful=True):
             if frame is None or frame.is_corrupt:
                 marks.add(number)
@@ -228,6 +232,8 @@ class FileClip:
                 seen.add(number)
             if frame is not None and number in wanted:
                 take(number, frame)
+        # Containers also mark packets of which nothing is missing, the last before a joint of two streams.
+        marks |= {number for number in listing.corrupt - seen if listing.group_of(number) in groups}
         # Damage goes on to the end of its group, and to frames of the next that are shown before its key frame.
         first_mark: dict[int, int] = {}
         for number in sorted(marks, reverse=True):

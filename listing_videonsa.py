@@ -171,9 +171,19 @@ class Listing:
             if rate and all(abs(second - i / rate) < 0.5 / rate for i, second in enumerate(seconds)):
                 return rate, None, tuple(notes)
         gaps = np.diff(seconds)
+        self._note_holes(gaps, seconds, notes)
         # How long the last frame is held is a guess of most containers; it is no flash.
         last = self.duration if self.duration >= gaps.min() else float(np.median(gaps))
         return len(seconds) / (seconds[-1] + last), tuple(seconds), tuple(notes)
+
+    def _note_holes(self, gaps: np.ndarray, seconds: Sequence[float], notes: list[str]) -> None:
+        """Say where frames seem to be lost: some containers leave out what they cannot read without an error."""
+        usual = float(np.median(gaps))
+        holes = np.flatnonzero(gaps > 2.5 * usual)
+        if len(holes) and np.mean(np.abs(gaps - usual) < 0.2 * usual) > 0.9:
+            spans = ", ".join(f"{seconds[i]:.2f} to {seconds[i + 1]:.2f} s" for i in holes[:3])
+            more = f" and {len(holes) - 3} times more" if len(holes) > 3 else ""
+            notes.append(f"no frames from {spans}{more}, where the one before is held; damaged, or a pause")
 
 
 class VideoFile:
@@ -239,11 +249,10 @@ class VideoFile:
             raise ValueError(
                 f"{self.name}: no video stream (the file holds: {kinds}); an audio file, or cut before its index"
             )
-        best = max(
+        return max(
             films,
             key=lambda stream: (bool(stream.disposition & flags.default), stream.width * stream.height, -stream.index),
         )
-        return best
 
     def decoder(self, stream: Any) -> tuple[Any, str]:
         """A decoder of the stream's packets, and the name of the codec."""

@@ -531,3 +531,48 @@ def test_damage_beside_what_is_wanted_is_no_matter(long_video, caplog):
     clip = FileClip(overwrite(long_video, 0.55, 300), False)
     clip.read_unresized([0, 30, 60, 160, 199])
     assert not [record for record in caplog.records if "damaged" in record.getMessage()]
+
+
+def test_palettes_are_not_lost_between_the_wanted_frames(tmp_path):
+    """They are stored once, when they change, and not with every key frame."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("rawvideo", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 56, "pal8"
+        for i in range(12):
+            indices = np.full((56, 64), i, np.uint8)
+            palette = np.zeros((256, 4), np.uint8)
+            palette[:, 0], palette[:, 1] = 255, 20 * np.arange(256) % 256
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((indices, palette), format="pal8")))
+        container.mux(stream.encode())
+    clip = FileClip(path, False)
+    whole = clip.read_unresized(range(12))
+    assert len({frame.float().mean().item() for frame in whole}) == 12
+    for i in range(12):
+        assert torch.equal(clip.read_unresized([i])[0], whole[i])
+
+
+def test_streams_that_are_joined_are_not_damaged(tmp_path, caplog):
+    part = numbered_video(tmp_path / "part.ts", count=25, options={"g": "12", "bf": "2"})
+    path = tmp_path / "joined.ts"
+    path.write_bytes(part.read_bytes() * 3)
+    assert numbers(FileClip(path, False).read_unresized(range(75))) == [*range(25)] * 3
+    assert not [record for record in caplog.records if "damaged" in record.getMessage()]
+
+
+def test_packets_lost_in_a_transport_stream_are_damage(tmp_path):
+    path = numbered_video(tmp_path / "whole.ts", count=50, options={"g": "50", "bf": "0", "crf": "1"})
+    content = path.read_bytes()
+    packets = len(content) // 188
+    lost = tmp_path / "lost.ts"
+    lost.write_bytes(content[: 188 * (packets // 2)] + content[188 * (packets // 2 + 40) :])
+    clip = FileClip(lost, False)
+    with pytest.raises(ValueError, match="damaged at"):
+        clip.read_unresized(range(clip.source.num_frames))
+
+
+def test_a_hole_in_the_times_is_noted(processor, tmp_path):
+    times = [i for i in range(60) if not 20 <= i < 28]
+    path = numbered_video(tmp_path / "a.mkv", count=52, fps=10, times=times)
+    (note,) = processor.plan_video(path).notes
+    assert "no frames from 1.90 to 2.80 s" in note
