@@ -232,8 +232,10 @@ class FileClip:
                 seen.add(number)
             if frame is not None and number in wanted:
                 take(number, frame)
-        # Containers also mark packets of which nothing is missing, the last before a joint of two streams.
-        marks |= {number for number in listing.corrupt - seen if listing.group_of(number) in groups}
+        # A transport stream also marks what comes right before a joint of two recordings, of which nothing is missing.
+        starts = set(listing.starts) | {len(listing.pts)}
+        at_joints = {number for number in seen if not starts.isdisjoint((number + 1, number + 2))}
+        marks |= {number for number in listing.corrupt - at_joints if listing.group_of(number) in groups}
         # Damage goes on to the end of its group, and to frames of the next that are shown before its key frame.
         first_mark: dict[int, int] = {}
         for number in sorted(marks, reverse=True):
