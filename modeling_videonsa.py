@@ -618,15 +618,15 @@ class VideoNSAForConditionalGeneration(
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        can_split_media = hasattr(generation_utils, "_slice_mm_encoder_output")  # transformers 5.23 and later
-        if generation_config.prefill_chunk_size and model_kwargs.get("mm_encoder_outputs") and not can_split_media:
-            raise ValueError(
-                f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} with images or videos needs "
-                f"transformers 5.23 or later, which splits them over the chunks; this is {transformers.__version__}"
-            )
         types, chunk_size = model_kwargs.get("mm_token_type_ids"), generation_config.prefill_chunk_size
         if chunk_size and types is not None and chunk_size < types.shape[1]:
             self._check_released_prompt(f"`prefill_chunk_size` = {chunk_size}", **model_kwargs)
+        can_split_media = hasattr(generation_utils, "_slice_mm_encoder_output")  # transformers 5.23 and later
+        if chunk_size and model_kwargs.get("mm_encoder_outputs") and not can_split_media:
+            raise ValueError(
+                f"`prefill_chunk_size` = {chunk_size} with images or videos needs transformers 5.23 or later, which "
+                f"splits them over the chunks; this is {transformers.__version__}"
+            )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(self, *args, **kwargs):

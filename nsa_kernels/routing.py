@@ -163,7 +163,7 @@ pytree.register_pytree_node(
     VisionRouting,
     _flatten,
     lambda tensors, rest: _put_together(rest, iter(tensors)),
-    serialized_type_name="videonsa.VisionRouting",
+    serialized_type_name=f"{__name__}.VisionRouting",  # two versions of this code may be loaded in one process
     flatten_with_keys_fn=_flatten_with_keys,
 )
 # Where torch saves the example inputs of a graph by pickle, as 2.11 does, it reads them back by these names alone.

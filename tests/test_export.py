@@ -1,13 +1,16 @@
 """torch.export: the language model with the routing of its vision rows, text alone, and clear refusals of the rest."""
 
 import copy
+import importlib.util
 import io
+import sys
 
 import pytest
 import torch
 from conftest import build_model, build_released
 from torch.utils import _pytree as pytree
 
+from nsa_kernels import routing
 from nsa_kernels.routing import VisionRouting
 
 LAYOUT = [2, ("video", 2, 4, 4), 1, ("image", 2, 4), 3]
@@ -51,16 +54,29 @@ def test_the_language_model_with_vision_rows(float_model, inputs):
 
 
 def test_a_routing_is_taken_apart_and_put_together(inputs):
-    routing = inputs["vision_routing"]
-    tensors, structure = pytree.tree_flatten(routing)
+    whole = inputs["vision_routing"]
+    tensors, structure = pytree.tree_flatten(whole)
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors)
     again = pytree.tree_unflatten(tensors, pytree.treespec_loads(pytree.treespec_dumps(structure)))
     assert isinstance(again, VisionRouting)
-    assert again.text_runs[0].keys == routing.text_runs[0].keys
-    assert again.lengths.offsets_k == routing.lengths.offsets_k
+    assert again.text_runs[0].keys == whole.text_runs[0].keys
+    assert again.lengths.offsets_k == whole.lengths.offsets_k
     assert pytree.tree_structure(again) == structure
     for one, other in zip(pytree.tree_leaves(again), tensors, strict=True):
         assert one is other
+
+
+def test_a_second_copy_of_the_code_has_its_own_routings(monkeypatch):
+    """As transformers loads it, beside the checkout's or another version's."""
+    spec = importlib.util.spec_from_file_location("nsa_kernels.routing_again", routing.__file__)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copied)
+    spec.loader.exec_module(copied)
+    types = torch.tensor([[0, 2, 2, 0, 1]])  # of no other test: torch keeps what it has read
+    for kind in (VisionRouting, copied.VisionRouting):
+        tensors, structure = pytree.tree_flatten(kind.build(types, None, 0))
+        again = pytree.tree_unflatten(tensors, pytree.treespec_loads(pytree.treespec_dumps(structure)))
+        assert type(again) is kind
 
 
 def test_text_alone(float_model, prompts):
