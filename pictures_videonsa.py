@@ -235,6 +235,6 @@ def _open_image(reference: Any, argument: str) -> Image.Image:
             opened.load()
             return opened
     except UnidentifiedImageError as error:  # whose message is about a Python object
-        raise ValueError(f"`{argument}`: image {source.name} cannot be read: not of a known format") from error
+        raise ValueError(f"`{argument}`: image {source.name} cannot be read: not an image of a known format") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"`{argument}`: image {source.name} cannot be read: {error}") from error
