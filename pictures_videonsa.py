@@ -229,7 +229,7 @@ def _check_integers(array: np.ndarray | torch.Tensor, argument: str) -> None:
 def _open_image(reference: Any, argument: str) -> Image.Image:
     source = resolve_source(reference, argument=argument, kind="image")
     if source.path is not None and not os.path.isfile(source.path):
-        raise ValueError(f"`{argument}`: image {source.name} cannot be read: there is no such file")
+        raise ValueError(f"`{argument}`: image {source.name} cannot be read: there is no such image file")
     try:
         with Image.open(source.readable) as opened:
             opened.load()
