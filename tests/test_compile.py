@@ -313,7 +313,6 @@ def assert_same_results(model, compiled, inputs: dict, tolerance: float) -> None
 BUILDS = {
     "paper": build_model,
     "eager attention": partial(build_model, attn_implementation="eager", text=ONE_LAYER),
-    "reference": partial(build_model, nsa_backend="reference", text=ONE_LAYER),
     "released": build_released,
 }
 
