@@ -301,7 +301,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             )
             if types is not None:
                 mm_token_type_ids = types
-                if is_released:
+                grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+                is_new_text = input_ids is not None and not past and all(x is None for x in (position_ids, *grids))
+                if is_released and is_new_text and torch.compiler.is_compiling():
+                    input_ids = _released.text_ids_operator(input_ids, types)
+                elif is_released:
                     _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
                 else:
                     routing = self._route(types, attention_mask, position_ids, past, kwargs)
