@@ -5,13 +5,27 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check aot clean
+.PHONY: demo test test-oldest check aot clean
 
 demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
 test: .venv/installed check  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Slow: gigabytes to install, and the suite once more. constraints.txt has the versions.
+PYTHON310 ?= python3.10
+OLDEST ?= .venv-oldest
+TESTS ?= tests
+
+test-oldest: $(OLDEST)/installed  ## the same tests with the oldest supported Python, transformers and torch
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
+
+$(OLDEST)/installed: pyproject.toml constraints.txt
+	$(PYTHON310) -c 'import sys; assert sys.version_info[:2] == (3, 10), f"PYTHON310 is Python {sys.version}"'
+	$(PYTHON310) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
+	touch $@
 
 check: .venv/installed
 	$(BIN)/ruff check .
@@ -26,4 +40,4 @@ aot: .venv/installed  ## compile every Triton kernel for sm_80, sm_90 and sm_100
 	$(BIN)/python tools/aot_report.py
 
 clean:
-	rm -rf .venv demo/output build *.egg-info
+	rm -rf .venv .venv-oldest demo/output build *.egg-info

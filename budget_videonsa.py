@@ -6,25 +6,44 @@ https://github.com/QwenLM/Qwen2.5-VL/tree/main/qwen-vl-utils) as long as they fi
 """
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # videos' needs torchvision
 
 MIN_SAMPLED_FRAMES = 4
 """Frames that sampling by `fps` takes at least, if the video has them (qwen-vl-utils' FPS_MIN_FRAMES)."""
 
 
-def check_positive(name: str, value: Any, types: tuple[type, ...] = (int,)) -> None:
-    """Raise a ValueError that names the argument unless `value` is None or a positive number of one of `types`."""
+def check_positive(name: str, value: Any, types: tuple[type, ...] = (int,)) -> int | float | None:
+    """The value as a number of Python's.
+
+    Args:
+        value: None, or a number of Python, `fractions`, `decimal`, numpy or torch (an array or tensor without axes).
+        types: (int,) or (int, float).
+    Raises:
+        ValueError: not a positive, finite number of one of `types`; the argument is named. Booleans are no numbers.
+    """
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, types) or not math.isfinite(value) or value <= 0:
+        return None
+    number = _plain_number(value)
+    if not isinstance(number, types) or not math.isfinite(number) or number <= 0:
         kind = "integer" if types == (int,) else "number"
         raise ValueError(f"`{name}` must be a positive {kind}, got {value!r}")
+    return number
+
+
+def _plain_number(value: Any) -> int | float | None:
+    if getattr(value, "shape", None) == () and callable(getattr(value, "item", None)):
+        value = value.item()  # numpy's scalars too
+    if isinstance(value, numbers.Integral):
+        return None if isinstance(value, bool) else int(value)
+    return float(value) if isinstance(value, (numbers.Real, Decimal)) else None
 
 
 @dataclass(frozen=True)
@@ -36,8 +55,9 @@ class VideoOptions:
         num_frames: frames to take.
         max_frames: limit on the frames that `fps` takes.
         min_pixels_per_frame, max_pixels_per_frame: pixels of a resized frame.
+        resized_height, resized_width: taken for the size of the frames, of which the resized one is made; both or none.
     Raises:
-        ValueError: a value that is not positive, or `fps` and `num_frames` together.
+        ValueError: a value that is not positive, or options that contradict each other.
     """
 
     fps: float | None = None
@@ -45,21 +65,36 @@ class VideoOptions:
     max_frames: int | None = None
     min_pixels_per_frame: int | None = None
     max_pixels_per_frame: int | None = None
+    resized_height: int | None = None
+    resized_width: int | None = None
 
     def __post_init__(self):
         if self.fps is not None and self.num_frames is not None:
             raise ValueError(
                 f"`fps` and `num_frames` exclude each other, got fps={self.fps!r} and num_frames={self.num_frames!r}"
             )
-        check_positive("fps", self.fps, (int, float))
-        for name in ("num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame"):
-            check_positive(name, getattr(self, name))
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, check_positive(name, value, (int, float) if name == "fps" else (int,)))
+        if self.num_frames is not None and self.num_frames > (self.max_frames or self.num_frames):
+            raise ValueError(f"`num_frames`={self.num_frames} exceeds `max_frames`={self.max_frames}")
+        if (self.resized_height is None) != (self.resized_width is None):
+            raise ValueError(
+                f"`resized_height`={self.resized_height} and `resized_width`={self.resized_width} go together"
+            )
 
     def over(self, default: "VideoOptions") -> "VideoOptions":
-        """These options, completed from `default`; `fps` here replaces `num_frames` there and the reverse."""
+        """These options, completed from `default`; `fps` here replaces `num_frames` there and the reverse.
+
+        A limit on the frames holds for a number of frames that comes from `default`, not for one that is asked here.
+        """
         chosen = {name: value for name, value in vars(self).items() if value is not None}
         if "fps" in chosen or "num_frames" in chosen:
             default = replace(default, fps=None, num_frames=None)
+        if "num_frames" in chosen:
+            default = replace(default, max_frames=None)
+        elif "max_frames" in chosen and default.num_frames is not None:
+            even = self.max_frames - self.max_frames % 2 or 1  # numbers of frames are rounded to even ones, up too
+            default = replace(default, num_frames=min(default.num_frames, even), max_frames=None)
         return replace(default, **chosen)
 
     def check_pixels(self) -> None:
@@ -83,6 +118,7 @@ class VideoSource:
         presampled: the frames were sampled already, at `fps`, and are not sampled by rate again.
         may_drop_frames: False forbids leaving out any frame.
         name: for messages.
+        notes: what a user should know of its times, a sentence each.
     """
 
     num_frames: int
@@ -93,6 +129,24 @@ class VideoSource:
     presampled: bool = False
     may_drop_frames: bool = True
     name: str = "video"
+    notes: tuple[str, ...] = ()
+
+    @property
+    def duration(self) -> float:
+        """Seconds."""
+        return self.num_frames / self.fps
+
+    def second(self, index: int) -> float:
+        """When a frame appears."""
+        return index / self.fps if self.timestamps is None else self.timestamps[index]
+
+    def frames_at(self, seconds: Sequence[float]) -> tuple[int, ...]:
+        """The frame on the screen at each time."""
+        if self.timestamps is None:
+            shown = np.round(np.asarray(seconds) * self.fps)
+        else:
+            shown = np.searchsorted(self.timestamps, np.asarray(seconds) + 1e-6, side="right") - 1
+        return tuple(np.clip(shown, 0, self.num_frames - 1).astype(int).tolist())
 
 
 @dataclass(frozen=True)
@@ -202,36 +256,49 @@ def plan_videos(
 
 
 def _frames_wanted(source: VideoSource, options: VideoOptions, patches: PatchSizes) -> int:
-    """Frames before the token budget: `smart_nframes`, without its default limit of 768."""
+    """Frames before the token budget: `smart_nframes`, without its default limit of 768.
+
+    Where the frame rate varies, frames are taken at equal distances in time, so that one that is held is repeated, and
+    there may be more of them than the video has.
+    """
     total, step = source.num_frames, patches.temporal
     if options.num_frames is not None and source.may_drop_frames:
         wanted = max(step, round(options.num_frames / step) * step)
     elif source.presampled:
-        return total
+        return total if source.timestamps is None else math.ceil(source.duration * _finest_rate(source.timestamps))
     else:
-        wanted = max(total / source.fps * options.fps, MIN_SAMPLED_FRAMES)
+        wanted = max(source.duration * options.fps, MIN_SAMPLED_FRAMES)
         if options.max_frames is not None:
             wanted = min(wanted, options.max_frames)
     if total < step:
         return total
-    return max(step, math.floor(min(wanted, total) / step) * step)
+    if source.timestamps is None:
+        wanted = min(wanted, total)
+    return max(step, math.floor(wanted / step) * step)
+
+
+def _finest_rate(timestamps: Sequence[float]) -> float:
+    """Frames per second at which no frame is missed that a screen of 60 Hz, or most of the video, has time to show."""
+    gaps = np.diff(timestamps)
+    return float(1 / max(gaps.min(), min(1 / 60, np.median(gaps))))
 
 
 def _size(source: VideoSource, options: VideoOptions, limit: int, patches: PatchSizes) -> tuple[int, int]:
     """(height, width) of resized frames when none may have more than `limit` pixels."""
     floor = max(options.min_pixels_per_frame, options.max_pixels_per_frame // 4)
+    height, width = options.resized_height or source.height, options.resized_width or source.width
     sizes = []
     for max_pixels in (options.max_pixels_per_frame, max(floor, min(limit, options.max_pixels_per_frame))):
         try:
             size = smart_resize(
-                source.height,
-                source.width,
+                height,
+                width,
                 factor=patches.spatial,
                 min_pixels=options.min_pixels_per_frame,
                 max_pixels=max_pixels,
             )
         except ValueError as error:
-            raise ValueError(f"{source.name}: frames of {source.height}x{source.width} pixels: {error}") from error
+            raise ValueError(f"{source.name}: frames of {height}x{width} pixels: {error}") from error
         sizes.append(size)
     # Frames of less than a patch can grow when the limit falls: `smart_resize` enlarges them towards it.
     return min(sizes, key=math.prod)
@@ -271,14 +338,11 @@ def _fewer_frames(
 
 def _sample_indices(source: VideoSource, num_frames: int) -> tuple[int, ...]:
     """Evenly spaced frames: by number as in qwen-vl-utils, by time where the frame rate varies."""
+    if source.timestamps is not None:
+        return source.frames_at(np.arange(num_frames) * (source.duration / num_frames))
     if num_frames == source.num_frames:
         return tuple(range(num_frames))
-    if source.timestamps is None:
-        return tuple(torch.linspace(0, source.num_frames - 1, num_frames).round().long().tolist())
-    times = np.linspace(source.timestamps[0], source.timestamps[-1], num_frames)
-    # The frame on screen at each time; the tolerance is for times rounded to the container's time base.
-    shown = np.searchsorted(source.timestamps, times + 1e-4, side="right") - 1
-    return tuple(np.clip(shown, 0, source.num_frames - 1).tolist())
+    return tuple(torch.linspace(0, source.num_frames - 1, num_frames).round().long().tolist())
 
 
 def _notes(
@@ -290,8 +354,8 @@ def _notes(
     size: tuple[int, int],
     budget: int,
 ) -> tuple[str, ...]:
-    notes = []
-    if options.num_frames is not None and options.num_frames > source.num_frames:
+    notes = list(source.notes)
+    if options.num_frames is not None and options.num_frames > source.num_frames and source.timestamps is None:
         notes.append(f"num_frames={options.num_frames} was asked for, and there are {source.num_frames} frames")
     if size != asked_size:
         notes.append(

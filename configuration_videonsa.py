@@ -5,8 +5,8 @@ forward call. The attention itself is described in arXiv 2510.02295.
 """
 
 import dataclasses
-import difflib
 import math
+import re
 from typing import Any, Literal
 
 from transformers.configuration_utils import SubConfigSpec
@@ -73,14 +73,41 @@ def _check_released(variant: str, heads: int, kv_heads: int, block_size: int, bl
         )
 
 
+def _differs_by_a_slip(a: str, b: str) -> bool:
+    """Whether at most one letter is missing, surplus or wrong, or two neighbours are swapped."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
+
+
+def _misspelt_field(key: str) -> str | None:
+    """The NSA field that `key` is a slip of the pen away from, or an abbreviation of; `None` for any other name.
+
+    Names that differ in a whole word (`batch_size`, `vocab_size`, `sliding_window_size`, `temperature`) are somebody
+    else's: transformers, its users and other libraries set what they like on a configuration.
+    """
+    words = re.split(r"[_\W]+", key.lower())
+    for field in NSA_FIELDS:
+        of_field = field.split("_")
+        singular = ("".join(word.removesuffix("s") for word in name) for name in (words, of_field))
+        if _differs_by_a_slip("".join(words), "".join(of_field)) or _differs_by_a_slip(*singular):
+            return field
+        is_short = len(words) == len(of_field) and all(len(word) > 2 for word in words)
+        if is_short and all(full.startswith(word) for full, word in zip(of_field, words, strict=True)):
+            return field
+    return None
+
+
 def _reject_misspelt(keys: dict[str, Any], where: str) -> None:
     """Raise for unknown keys that look like an NSA field; transformers would carry them along and ignore them."""
     for key, value in keys.items():
-        close = difflib.get_close_matches(key, NSA_FIELDS, n=1, cutoff=0.7)
         if key in NSA_FIELDS:
             raise ValueError(f"`{key}` = {value!r} is misplaced in {where}: it belongs in `text_config`")
-        if close or key.startswith("nsa_"):
-            hint = f"; did you mean `{close[0]}`?" if close else f"; the NSA fields are {', '.join(NSA_FIELDS)}"
+        meant = _misspelt_field(key)
+        if meant or key.startswith("nsa_"):
+            hint = f"; did you mean `{meant}`?" if meant else f"; the NSA fields are {', '.join(NSA_FIELDS)}"
             raise ValueError(f"unknown key `{key}` = {value!r} in {where}{hint}")
 
 
@@ -240,10 +267,10 @@ class VideoNSAConfig(Qwen2_5_VLConfig):
     def from_dict(cls, config_dict, **kwargs):
         # These are `from_pretrained`'s keywords; what matches no field would reach the model's constructor.
         _reject_misspelt({key: value for key, value in kwargs.items() if key not in NSA_FIELDS}, "from_pretrained")
-        if isinstance(text := config_dict.get("text_config"), dict):
-            # With the file's other fields at once, since a variant may take some values only together.
-            given = {name: kwargs.pop(name) for name in NSA_FIELDS if name in kwargs}
-            config_dict = config_dict | {"text_config": text | given}
+        # With the file's other fields at once, since a variant may take some values only together.
+        given = {name: kwargs.pop(name) for name in NSA_FIELDS if name in kwargs}
+        text = config_dict.get("text_config")
+        config_dict = config_dict | ({"text_config": text | given} if isinstance(text, dict) else given)
         return super().from_dict(config_dict, **kwargs)
 
 

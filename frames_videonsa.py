@@ -4,42 +4,43 @@
 returns the chosen frames, resized.
 """
 
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from transformers.image_utils import ChannelDimension
+from PIL import Image
 from transformers.video_utils import VideoMetadata
 
 try:
-    from .budget_videonsa import VideoOptions, VideoPlan, VideoSource
+    from .budget_videonsa import VideoOptions, VideoPlan, VideoSource, check_positive
     from .files_videonsa import FileClip, Resize, metadata_of
+    from .pictures_videonsa import WHITE, as_array, check_values, read_picture, to_rgb_frames
+    from .sources_videonsa import is_image_reference, is_reference, resolve_source
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from budget_videonsa import VideoOptions, VideoPlan, VideoSource
+    from budget_videonsa import VideoOptions, VideoPlan, VideoSource, check_positive
     from files_videonsa import FileClip, Resize, metadata_of
+    from pictures_videonsa import WHITE, as_array, check_values, read_picture, to_rgb_frames
+    from sources_videonsa import is_image_reference, is_reference, resolve_source
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 
-
-@dataclass(frozen=True)
 class VideoRequest:
-    """A video as the caller gave it, with the options and the metadata that came with it."""
+    """A video as the caller gave it, with the options and the metadata that came with it.
 
-    video: Any
-    options: VideoOptions = field(default_factory=VideoOptions)
-    metadata: VideoMetadata | None = None
+    No dataclass: transformers 5.24 makes dicts of those that it finds in a conversation.
+    """
+
+    def __init__(self, video: Any, options: VideoOptions | None = None, metadata: VideoMetadata | None = None):
+        self.video, self.metadata = video, _metadata_of_batch(video) if metadata is None else metadata
+        self.options = VideoOptions() if options is None else options
 
     @property
     def is_untimed(self) -> bool:
         """Whether these are frames of which nobody said when they were taken."""
-        is_file = isinstance(self.video, (str, os.PathLike))
-        return not is_file and self.metadata is None and self.options.fps is None
+        return not is_reference(self.video) and self.metadata is None and self.options.fps is None
 
 
 class Clip(Protocol):
@@ -54,26 +55,36 @@ class Clip(Protocol):
         """The planned frames, (T, 3, height, width)."""
 
 
-def open_clip(request: VideoRequest, *, rate: float, every_frame: bool = False, data_format: Any = None) -> Clip:
+def open_clip(
+    request: VideoRequest,
+    *,
+    rate: float,
+    do_sample_frames: bool | None = None,
+    data_format: Any = None,
+    white: float = WHITE,
+) -> Clip:
     """Look at a video.
 
     Args:
         rate: frames per second of frames that come without timing.
-        every_frame: no frame may be left out.
+        do_sample_frames: False forbids to leave out a frame; True samples frames too that were sampled before.
         data_format: of arrays, "channels_first" or "channels_last"; found out if None.
+        white: value of white in arrays of floats.
     Raises:
         ValueError: a file that is missing, unreadable, without video frames or cut short; frames that are no video;
             metadata or options that contradict the video.
     """
+    every_frame = do_sample_frames is False
     if every_frame and request.options.num_frames is not None:
         raise ValueError(f"`num_frames`={request.options.num_frames} contradicts `do_sample_frames`=False")
-    if not isinstance(request.video, (str, os.PathLike)):
-        return FrameClip(request, rate, every_frame, data_format)
+    if not is_reference(request.video):
+        return FrameClip(request, rate, do_sample_frames, data_format, white)
     if every_frame and request.options.fps is not None:
         raise ValueError(f"`fps`={request.options.fps} contradicts `do_sample_frames`=False for a file")
     if request.metadata is not None:
-        raise ValueError(f"`video_metadata` is for frames; {os.fspath(request.video)} brings its own")
-    return FileClip(request.video, every_frame)
+        raise ValueError("`video_metadata` is for frames; a video file brings its own")
+    source = resolve_source(request.video, argument="videos")
+    return FileClip(source.readable, every_frame, source.name)
 
 
 def flatten_videos(videos: Any) -> Iterator[Any]:
@@ -82,19 +93,16 @@ def flatten_videos(videos: Any) -> Iterator[Any]:
     Raises:
         ValueError: something that cannot be a video.
     """
-    if isinstance(videos, (str, os.PathLike, VideoRequest, VideoSource)):
+    if isinstance(videos, VideoRequest):
+        yield _only_video(videos)
+    elif is_reference(videos):
+        yield [videos] if _is_picture(videos) else videos
+    elif isinstance(videos, VideoSource):
         yield videos
     elif isinstance(videos, Image.Image):
         yield [videos]
-    elif _is_array(videos):
-        if videos.ndim not in (3, 4, 5):
-            raise ValueError(f"`videos` must have 3 to 5 dimensions as an array, got shape {tuple(videos.shape)}")
-        if videos.ndim == 5:
-            yield from videos
-        else:
-            yield videos[None] if videos.ndim == 3 else videos
     elif isinstance(videos, tuple) and len(videos) == 2 and isinstance(videos[1], Mapping):
-        yield VideoRequest(videos[0], metadata=_metadata(videos[1]))
+        yield _only_video(VideoRequest(videos[0], metadata=_metadata(videos[1])))
     elif isinstance(videos, (list, tuple)):
         if videos and all(_is_frame(item) for item in videos):
             yield list(videos)
@@ -102,7 +110,50 @@ def flatten_videos(videos: Any) -> Iterator[Any]:
             for item in videos:
                 yield from flatten_videos(item)
     else:
+        yield from _flatten_array(videos)
+
+
+def _only_video(request: VideoRequest) -> VideoRequest:
+    """The request for a path or for frames, out of whatever nesting."""
+    videos = list(flatten_videos(request.video))
+    if not videos:
+        raise ValueError("a video given as frames has no frames")
+    if len(videos) > 1:
+        raise ValueError(
+            f"`videos` holds {len(videos)} videos where one is meant, in a message or a pair with metadata"
+        )
+    if isinstance(videos[0], VideoRequest):
+        return VideoRequest(videos[0].video, request.options, request.metadata or videos[0].metadata)
+    return VideoRequest(videos[0], request.options, request.metadata)
+
+
+def _flatten_array(videos: Any) -> Iterator[Any]:
+    array = as_array(videos)
+    if array is None:
         raise ValueError(f"`videos` holds a {type(videos).__name__}, which is not a path, frames or an array")
+    if array.ndim not in (3, 4, 5):
+        raise ValueError(f"`videos` must have 3 to 5 dimensions as an array, got shape {tuple(array.shape)}")
+    if array.ndim == 5:
+        yield from array
+    elif array.ndim == 3:
+        if array.shape[0] in (2, 4) and array.shape[2] not in (1, 2, 3, 4):
+            raise ValueError(
+                f"`videos`: cannot tell whether shape {tuple(array.shape)} is of {array.shape[0]} grey frames, which "
+                "need an axis of one channel, or of one picture with alpha, which needs its channels last"
+            )
+        yield array[None]
+    else:
+        yield videos
+
+
+def _metadata_of_batch(video: Any) -> VideoMetadata | None:
+    """torchcodec's batches tell when their frames are shown."""
+    seconds = getattr(video, "pts_seconds", None)
+    seconds = np.asarray([] if seconds is None else seconds, dtype=float).reshape(-1)
+    if len(seconds) < 2 or seconds[-1] <= seconds[0]:
+        return None
+    rate = float((len(seconds) - 1) / (seconds[-1] - seconds[0]))
+    return VideoMetadata(total_num_frames=len(seconds), fps=rate, frames_indices=list(range(len(seconds))))
 
 
 def flatten_metadata(metadata: Any) -> Iterator[VideoMetadata | None]:
@@ -123,29 +174,46 @@ def _metadata(entry: Mapping | None) -> VideoMetadata | None:
         raise ValueError(f"`video_metadata` {dict(entry)!r}: {error}") from error
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (np.ndarray, torch.Tensor))
-
-
 def _is_frame(value: Any) -> bool:
-    if isinstance(value, (str, os.PathLike)):
-        return os.fspath(value).lower().endswith(IMAGE_SUFFIXES)
-    return isinstance(value, Image.Image) or (_is_array(value) and value.ndim == 3)
+    if is_reference(value):
+        return is_image_reference(value)
+    array = as_array(value)
+    return isinstance(value, Image.Image) or (array is not None and array.ndim in (2, 3))
+
+
+def _is_picture(reference: Any) -> bool:
+    """Whether this is the file of one still picture, which is read as frames are; some formats hold films too."""
+    if not is_image_reference(reference):
+        return False
+    try:
+        source = resolve_source(reference, argument="videos", kind="image")
+        with Image.open(source.readable) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False  # the reader of videos will say what is wrong with it
 
 
 class FrameClip:
     """A video given as frames; see `open_clip`."""
 
-    def __init__(self, request: VideoRequest, rate: float, every_frame: bool, data_format: Any):
-        self.frames = _frames_to_tensor(request.video, data_format)
+    def __init__(
+        self, request: VideoRequest, rate: float, do_sample_frames: bool | None, data_format: Any, white: float
+    ):
+        self.frames = _read_frames(request.video, data_format, white)
         count, _, height, width = self.frames.shape
+        every_frame = do_sample_frames is False
         self.known, presampled = request.metadata, True
         if self.known is not None:
             presampled = self.known.frames_indices is not None
             self.known = _complete(self.known, count, rate)
             rate = self.known.sampled_fps
             # Frames whose timing is known can be sampled once more by asking for a rate.
-            presampled = presampled and request.options.fps is None
+            presampled = presampled and request.options.fps is None and not do_sample_frames
+        elif do_sample_frames and request.options.num_frames is None and count > 1:
+            raise ValueError(
+                "`do_sample_frames`=True needs `num_frames`, or the timing of the frames: `video_metadata` with `fps` "
+                f"and `total_num_frames`; a video of {count} frames has none (`fps` alone says how they were sampled)"
+            )
         self.source = VideoSource(
             num_frames=count,
             fps=rate,
@@ -180,51 +248,28 @@ def _complete(metadata: VideoMetadata, count: int, rate: float) -> VideoMetadata
         metadata, indices = replace(metadata, total_num_frames=count), range(count)
     if len(indices) != count:
         raise ValueError(f"`video_metadata` has {len(indices)} frames_indices, and the video has {count} frames")
-    return replace(metadata, fps=metadata.fps or rate, frames_indices=[int(i) for i in indices])
+    number = (int, float)
+    total = check_positive("total_num_frames` of `video_metadata", metadata.total_num_frames, number)
+    if total is None:
+        raise ValueError("`video_metadata` has frames_indices and needs `total_num_frames`")
+    fps = check_positive("fps` of `video_metadata", metadata.fps, number) or rate
+    return replace(metadata, total_num_frames=total, fps=fps, frames_indices=[int(i) for i in indices])
 
 
-def _frames_to_tensor(video: Any, data_format: Any) -> torch.Tensor:
+def _read_frames(video: Any, data_format: Any, white: float) -> torch.Tensor:
     """(T, 3, H, W) from an array or from a list of images, image paths or arrays."""
-    if not _is_array(video):
-        if not isinstance(video, (list, tuple)):
-            raise ValueError(f"a video must be a path, frames or an array, got {type(video).__name__}")
-        if len(video) == 0:
-            raise ValueError("a video given as frames has no frames")
-        frames = [torch.as_tensor(frame) if _is_array(frame) else _load_image(frame) for frame in video]
-        shapes = {tuple(frame.shape) for frame in frames}
+    array = as_array(video)
+    if array is not None:
+        frames = to_rgb_frames(array, argument="videos", data_format=data_format, white=white)
+    elif not isinstance(video, (list, tuple)):
+        raise ValueError(f"a video must be a path, frames or an array, got {type(video).__name__}")
+    elif len(video) == 0:
+        raise ValueError("a video given as frames has no frames")
+    else:
+        pictures = [read_picture(frame, argument="videos", data_format=data_format, white=white) for frame in video]
+        shapes = {tuple(picture.shape[1:]) for picture in pictures}
         if len(shapes) > 1:
             raise ValueError(f"the frames of a video must have one size, got {sorted(shapes)}")
-        video = torch.stack(frames)
-    video = torch.as_tensor(video)
-    if video.ndim != 4 or 0 in video.shape:
-        raise ValueError(f"a video must be (T, H, W, C) or (T, C, H, W) and not empty, got shape {tuple(video.shape)}")
-    if data_format is None:
-        first, last = video.shape[1] in (1, 3), video.shape[3] in (1, 3)
-        if first == last:
-            raise ValueError(
-                f"cannot tell the channels (1 or 3) of a video of shape {tuple(video.shape)}; pass `input_data_format`"
-            )
-        data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
-    if ChannelDimension(data_format) == ChannelDimension.LAST:
-        video = video.permute(0, 3, 1, 2)
-    if video.shape[1] not in (1, 3):
-        raise ValueError(f"a video must have 1 or 3 channels, got {video.shape[1]}")
-    return video.expand(-1, 3, -1, -1)
-
-
-def _load_image(image: Any) -> torch.Tensor:
-    """(H, W, 3) uint8; transparent pixels become white, as in qwen-vl-utils."""
-    if isinstance(image, (str, os.PathLike)):
-        path = os.fspath(image).removeprefix("file://")
-        try:
-            with Image.open(path) as opened:
-                return _load_image(opened.copy())
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"frame {path} cannot be read: {error}") from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(f"a frame must be an image, a path or an array, got {type(image).__name__}")
-    if image.mode == "RGBA":
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.getchannel("A"))
-        image = white
-    return torch.from_numpy(np.array(image.convert("RGB")))
+        frames = torch.stack(pictures)
+    check_values(frames, "videos", white)
+    return frames

@@ -6,18 +6,22 @@ Written as a difference from transformers' Qwen2.5-VL. What is new:
   Qwen2.5-VL's own attention over all earlier keys;
 - `VideoNSAModel` decides once per forward call which rows are which (`nsa_kernels/routing.py`), and computes the M-RoPE
   positions that Qwen2.5-VL was trained with (`positions_videonsa.py`);
+- every class loads checkpoints under published names as well (`names_videonsa.py`);
 - `VideoNSAForConditionalGeneration` tells `forward` the token types during generation and saves `nsa_kernels/`.
 
 A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
 """
 
+import functools
 import importlib
+import inspect
 
 import torch
 import transformers
 from torch import nn
 from transformers import initialization as init
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import PrefixChange
 from transformers.generation import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_masks_for_generate
@@ -38,13 +42,15 @@ from transformers.utils import logging
 try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .hub_videonsa import PushMixin, save_kernel_folder
-    from .positions_videonsa import mrope_position_ids
+    from .names_videonsa import CheckpointNamesMixin
+    from .positions_videonsa import check_media, mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from hub_videonsa import PushMixin, save_kernel_folder
-    from positions_videonsa import mrope_position_ids
+    from names_videonsa import CheckpointNamesMixin
+    from positions_videonsa import check_media, mrope_position_ids
 
 logger = logging.get_logger(__name__)
 
@@ -86,9 +92,26 @@ _layer, _operators = _kernel_module("layer"), _kernel_module("operators")
 _released, _routing = _kernel_module("released"), _kernel_module("routing")
 ReleasedRouting, VisionRouting = _released.ReleasedRouting, _routing.VisionRouting
 
+# From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
+_PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
 
-class VideoNSAGateProjection(nn.Linear):
-    """The last gate projection; a type of its own so that it starts at zero, where every gate is one half."""
+# What Qwen2.5-VL calls the key-value cache: `past_key_values`, and `cache` from transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in inspect.signature(Qwen2_5_VLAttention.forward).parameters else "past_key_values"
+
+
+def _takes_either_cache_name(method):
+    """Let a method's `past_key_values` be given as `cache` as well, in every transformers; given both, `cache` counts.
+
+    What the method calls of Qwen2.5-VL gets it as `CACHE_NAME`.
+    """
+
+    @functools.wraps(method)
+    def renamed(*args, **kwargs):
+        if "cache" in kwargs:
+            kwargs["past_key_values"] = kwargs.pop("cache")
+        return method(*args, **kwargs)
+
+    return renamed
 
 
 class VideoNSAAttention(Qwen2_5_VLAttention):
@@ -101,8 +124,11 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
     def __init__(self, config: VideoNSATextConfig, layer_idx: int | None = None):
         super().__init__(config, layer_idx)
         self.g_proj_1 = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
-        self.g_proj_2 = VideoNSAGateProjection(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        self.g_proj_2 = nn.Linear(config.hidden_size, 3 * config.num_attention_heads, bias=True)
+        # It starts at zero, where every gate is one half. Not told by a type of its own: quantisers go by types.
+        self.g_proj_2.starts_at_zero = True
 
+    @_takes_either_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,  # [batch, q_len, hidden_size]
@@ -114,9 +140,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
-            return super().forward(
-                hidden_states, attention_mask, position_ids, past_key_values, position_embeddings, **kwargs
-            )
+            kwargs |= {CACHE_NAME: past_key_values, "position_embeddings": position_embeddings}
+            return super().forward(hidden_states, attention_mask, position_ids, **kwargs)
 
         heads = (*hidden_states.shape[:2], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads).transpose(1, 2)  # [batch, num_heads, q_len, head_dim]
@@ -193,14 +218,14 @@ class VideoNSADecoderLayer(Qwen2_5_VLDecoderLayer):
         self.self_attn = VideoNSAAttention(config, layer_idx)
 
 
-class VideoNSAPreTrainedModel(Qwen2_5_VLPreTrainedModel):
+class VideoNSAPreTrainedModel(CheckpointNamesMixin, Qwen2_5_VLPreTrainedModel):
     config: VideoNSAConfig
     config_class = VideoNSAConfig
     _no_split_modules = ["VideoNSADecoderLayer", "Qwen2_5_VLVisionBlock"]
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if isinstance(module, VideoNSAGateProjection):
+        if getattr(module, "starts_at_zero", False):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
         else:
@@ -211,6 +236,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     config: VideoNSATextConfig
     config_class = VideoNSATextConfig
     _can_record_outputs = {"hidden_states": VideoNSADecoderLayer, "attentions": VideoNSAAttention}
+    _checkpoint_renamings = [PrefixChange(prefix_to_remove="language_model", model_prefix="model")]
 
     def __init__(self, config: VideoNSATextConfig):
         # Not Qwen2_5_VLTextModel.__init__, which would build all its decoder layers first.
@@ -225,6 +251,7 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @_takes_either_cache_name
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
@@ -232,15 +259,18 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
             attention_mask = {"full_attention": None}
+        kwargs[CACHE_NAME] = kwargs.pop("past_key_values", None)
         return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
 
     def _route_as_released(self, tokens, attention_mask, kwargs) -> ReleasedRouting | torch.Tensor | None:
         if not _released.may_hold_vision(tokens, kwargs):
             return None
-        plan = None
         if torch.compiler.is_compiling():
             plan = _layer.released_plan(tokens, attention_mask, kwargs, self.config)
-        return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config) if plan is None else plan
+            if plan is not None:
+                return plan
+        _routing.refuse_export()
+        return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
 
 
 _position_operator = _operators.define(
@@ -259,6 +289,9 @@ _position_operator = _operators.define(
 
 
 class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
+    # Not Qwen2_5_VLModel's, which would take `model.visual.*` for a part of the language model.
+    _checkpoint_renamings = _PUBLISHED_NAMES
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLModel, self).__init__(config)  # skip building the dense language model
         self.visual = Qwen2_5_VisionTransformerPretrainedModel._from_config(config.vision_config)
@@ -266,6 +299,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         self.rope_deltas = None
         self.post_init()
 
+    @_takes_either_cache_name
     def forward(
         self,
         input_ids=None,
@@ -283,11 +317,12 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 0 for text, 1 for image, 2 for video tokens, as the processor returns them. Read off `input_ids` where
                 missing. Where vision tokens join a cache, the types of the cached tokens are needed too.
         Raises:
-            ValueError: the token types have another shape, are missing where they cannot be read off, or attention
-                weights are asked for of a call that computes none.
+            ValueError: the token types have another shape, are missing where they cannot be read off, attention
+                weights are asked for of a call that computes none, or pixels and their grid do not come together.
         """
         for name in kwargs.keys() & set(NSA_FIELDS):
             raise ValueError(f"`{name}` = {kwargs[name]!r} is no argument of a call: set model.config.{name}")
+        check_media(kwargs, self._placeholders, input_ids)
         tokens = input_ids if input_ids is not None else inputs_embeds
         if past_key_values is not None and hasattr(past_key_values, "mrope_deltas"):
             self.rope_deltas = past_key_values.mrope_deltas  # not those of whatever prompt ran last
@@ -299,32 +334,35 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             types, past = self._resolve_token_types(
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
-            if types is not None:
-                mm_token_type_ids = types
-                grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
-                is_new_text = input_ids is not None and not past and all(x is None for x in (position_ids, *grids))
-                if is_released and is_new_text and torch.compiler.is_compiling():
-                    input_ids = _released.text_ids_operator(input_ids, types)
-                elif is_released:
-                    _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
-                else:
-                    routing = self._route(types, attention_mask, position_ids, past, kwargs)
+            mm_token_type_ids = types
+            grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+            is_new_text = input_ids is not None and not past and all(x is None for x in (position_ids, *grids))
+            if types is not None and is_released and is_new_text and torch.compiler.is_compiling():
+                input_ids = _released.text_ids_operator(input_ids, types)
+            elif types is not None and is_released:
+                _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
+            elif types is not None:
+                routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
             mm_token_type_ids = mm_token_type_ids[:, -tokens.shape[1] :]
         outputs = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_token_type_ids=mm_token_type_ids,
             vision_routing=routing,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
-        cache = past_key_values if past_key_values is not None else getattr(outputs, "past_key_values", None)
+        cache = past_key_values if past_key_values is not None else getattr(outputs, CACHE_NAME, None)
         if cache is not None:
             cache.mrope_deltas = self.rope_deltas
         return outputs
+
+    @property
+    def _placeholders(self) -> dict[str, int]:
+        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
 
     def token_types(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """0 for text, 1 for image, 2 for video tokens, by their placeholders."""
@@ -340,7 +378,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         has_features = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos")) or bool(
             kwargs.get("mm_encoder_outputs")
         )
-        if token_types is None and not has_features and past_key_values is not None and q_len == 1:
+        is_step = past_key_values is not None and q_len == 1
+        # A graph that is exported without pixels has no other input that could bring vision tokens.
+        if token_types is None and not has_features and (is_step or torch.compiler.is_exporting()):
             return None, 0
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if token_types is None:
@@ -354,28 +394,48 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 logger.warning_once("`inputs_embeds` came without `mm_token_type_ids`: every token is taken for text")
                 return None, past
             token_types = self.token_types(input_ids)
-        if token_types.shape == (batch, past + q_len):
-            return token_types, past
-        if token_types.shape != (batch, q_len):
+        return self._complete_token_types(token_types, input_ids, (batch, q_len), past, has_features), past
+
+    def _complete_token_types(self, token_types, input_ids, shape, past: int, has_features: bool):
+        """Types of all cached and new tokens, or `None` where the new ones are text.
+
+        `token_types` may be those of the new tokens alone, or of the first cached ones, as a conversation's first call
+        had them.
+        """
+        batch, q_len = shape
+        given = token_types.shape[1] if token_types.ndim == 2 and len(token_types) == batch else -1
+        if given == past + q_len:
+            return token_types
+        if given != q_len and not 0 <= given <= past:
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens) or "
-                f"{(batch, q_len)} (new tokens), got {tuple(token_types.shape)}"
+                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
+                f"{(batch, q_len)} (new tokens), or at most {past} columns (cached tokens), "
+                f"got {tuple(token_types.shape)}"
             )
-        if token_types.any():
+        if input_ids is not None:
+            new_types = self.token_types(input_ids)
+        elif given == q_len or has_features:
+            new_types = token_types  # of the new tokens, or too few
+        else:
+            return None
+        if not new_types.any():
+            return None
+        if given != past or given == q_len:
             raise ValueError(
                 f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
                 f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
             )
-        return None, past
+        return torch.cat([token_types, new_types.to(token_types)], dim=1)
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
-        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
-            return None
         if torch.compiler.is_compiling():
             configs = self.config, self.config.text_config
             plan = _layer.plan(token_types, attention_mask, position_ids, past, kwargs, *configs)
             if plan is not None:
                 return plan
+        _routing.refuse_export()
+        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
+            return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
         starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
         routing = VisionRouting.build(token_types, attention_mask, past, starts)
@@ -425,6 +485,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             truncate_seconds=self.config.nsa_variant == "released",
         )
 
+    @_takes_either_cache_name
     def compute_3d_position_ids(
         self,
         input_ids,
@@ -458,7 +519,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             video_grid_thw=video_grid_thw,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
         )
         # transformers counts from the whole mask where there is one; only the new tokens are asked for.
         return None if position_ids is None else position_ids[..., -inputs_embeds.shape[1] :]
@@ -467,12 +528,20 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
 class VideoNSAForConditionalGeneration(
     PushMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
 ):
+    _checkpoint_renamings = _PUBLISHED_NAMES
+    # The same for adapters, where PEFT looks for it.
+    _checkpoint_conversion_mapping = {
+        r"^visual": "model.visual",
+        r"^model(?!\.(language_model|visual))": "model.language_model",
+    }
+
     def __init__(self, config: VideoNSAConfig):
         super(Qwen2_5_VLForConditionalGeneration, self).__init__(config)
         self.model = VideoNSAModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
+    @_takes_either_cache_name
     def prepare_inputs_for_generation(
         self,
         input_ids,
@@ -486,9 +555,9 @@ class VideoNSAForConditionalGeneration(
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
+            **{CACHE_NAME: past_key_values},
             **kwargs,
         )
         # `generate` feeds the prompt in its first iteration, in one or several calls, and generated tokens, which are
@@ -513,20 +582,29 @@ class VideoNSAForConditionalGeneration(
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Override: (4, batch, length), text and M-RoPE positions of the whole prompt, also on a kept cache."""
+        past = (
+            0 if model_kwargs.get("past_key_values") is None else int(model_kwargs["past_key_values"].get_seq_length())
+        )
+        is_ids = not inputs_tensor.is_floating_point()
+        check_media(model_kwargs, self.model._placeholders, inputs_tensor[:, past:] if is_ids else None)
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
         if image_grid is None and video_grid is None:
-            cache = model_kwargs.get("past_key_values")
+            cache = model_kwargs.get(CACHE_NAME)
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
-        if types is None and not inputs_tensor.is_floating_point():
-            types = model_kwargs["mm_token_type_ids"] = self.model.token_types(inputs_tensor)
+        if not inputs_tensor.is_floating_point():
+            # Missing, or those of a conversation's first call, which do not reach to its end.
+            read = self.model.token_types(inputs_tensor)
+            is_short = types is not None and types.ndim == 2 and types.shape[1] < read.shape[1]
+            if types is None or (is_short and torch.equal(types.to(read), read[:, : types.shape[1]])):
+                types = model_kwargs["mm_token_type_ids"] = read
         if types is None or types.shape != inputs_tensor.shape[:2]:
             got = None if types is None else tuple(types.shape)
             raise ValueError(
-                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, got {got}; on a kept cache "
-                "`generate` takes the whole conversation"
+                f"`mm_token_type_ids` must have shape {tuple(inputs_tensor.shape[:2])}, or be the types of the first "
+                f"`input_ids`, got {got}; on a kept cache `generate` takes the whole conversation"
             )
         text_positions = super(Qwen2_5_VLForConditionalGeneration, self)._prepare_position_ids_for_generation(
             inputs_tensor, model_kwargs
@@ -538,28 +616,61 @@ class VideoNSAForConditionalGeneration(
 
     def _prepare_multimodal_encoder_kwargs_for_generation(self, model_kwargs):
         """Override: on a kept cache, the vision tower sees the images and videos that are not in it yet."""
-        cache, types = model_kwargs.get("past_key_values"), model_kwargs.get("mm_token_type_ids")
+        cache, types = model_kwargs.get(CACHE_NAME), model_kwargs.get("mm_token_type_ids")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past and types is not None:
             _drop_cached_media_(model_kwargs, types, past, self.model.visual.spatial_merge_size)
         return super()._prepare_multimodal_encoder_kwargs_for_generation(model_kwargs)
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        can_split_media = hasattr(generation_utils, "_slice_mm_encoder_output")  # transformers 5.23 and later
-        if generation_config.prefill_chunk_size and model_kwargs.get("mm_encoder_outputs") and not can_split_media:
-            raise ValueError(
-                f"`prefill_chunk_size` = {generation_config.prefill_chunk_size} with images or videos needs "
-                f"transformers 5.23 or later, which splits them over the chunks; this is {transformers.__version__}"
-            )
         types, chunk_size = model_kwargs.get("mm_token_type_ids"), generation_config.prefill_chunk_size
         if chunk_size and types is not None and chunk_size < types.shape[1]:
             self._check_released_prompt(f"`prefill_chunk_size` = {chunk_size}", **model_kwargs)
+        can_split_media = hasattr(generation_utils, "_slice_mm_encoder_output")  # transformers 5.23 and later
+        if chunk_size and model_kwargs.get("mm_encoder_outputs") and not can_split_media:
+            raise ValueError(
+                f"`prefill_chunk_size` = {chunk_size} with images or videos needs transformers 5.23 or later, which "
+                f"splits them over the chunks; this is {transformers.__version__}"
+            )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(self, *args, **kwargs):
         self._check_released_prompt("assisted decoding", **kwargs)
         return super()._assisted_decoding(*args, **kwargs)
 
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        for name in ("assistant_early_exit", "use_mtp"):
+            if (value := getattr(generation_config, name, None)) not in (None, False):
+                raise ValueError(
+                    f"`{name}` = {value!r}: this model has no layers that were trained to predict tokens before the "
+                    "last; draft them with `prompt_lookup_num_tokens`, or with another VideoNSA as `assistant_model`"
+                )
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config,
+        input_ids,
+        inputs_tensor,
+        logits_processor,
+        model_kwargs,
+        assistant_model=None,
+        **kwargs,
+    ):
+        """Override: a model for text alone drafts for text prompts, without arguments that it does not know."""
+        if assistant_model is not None and not hasattr(assistant_model.config, "vision_config"):
+            if self.model.token_types(input_ids).any():
+                raise ValueError(
+                    f"`assistant_model` = {type(assistant_model).__name__} takes no images or videos, and the prompt "
+                    "has some: draft with another VideoNSA, or with `prompt_lookup_num_tokens`"
+                )
+            own = ("mm_token_type_ids", "mm_encoder_outputs", "position_ids")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in own}
+        return super()._get_candidate_generator(
+            generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, **kwargs
+        )
+
+    @_takes_either_cache_name
     def _check_released_prompt(self, argument: str, mm_token_type_ids=None, past_key_values=None, **kwargs) -> None:
         """Raise where new vision tokens of the released variant would meet a part of their prompt, or more than it."""
         is_released = self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse"
@@ -620,14 +731,6 @@ def _drop_cached_media_(inputs: dict, types: torch.Tensor, past: int, spatial_me
         else:
             del inputs[grid_name], inputs[pixels_name]
 
-
-# Published Qwen2.5-VL checkpoints name their tensors `model.layers.*` and `visual.*`; transformers renames them at load
-# for the classes it knows.
-for _name, _parent in (
-    ("VideoNSAForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
-    ("VideoNSAModel", "Qwen2_5_VLModel"),
-):
-    register_checkpoint_conversion_mapping(_name, get_checkpoint_conversion_mapping(_parent), overwrite=True)
 
 VideoNSAForConditionalGeneration.register_for_auto_class("AutoModel")
 

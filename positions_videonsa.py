@@ -1,8 +1,44 @@
-"""M-RoPE positions as Qwen2.5-VL was trained with them."""
+"""M-RoPE positions as Qwen2.5-VL was trained with them, and whether images and videos come with what they need."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 _GRID_NAMES = {1: "`image_grid_thw`", 2: "`video_grid_thw`"}
+
+
+def check_media(inputs: Mapping[str, Any], placeholders: Mapping[str, int], tokens: torch.Tensor | None = None) -> None:
+    """Check that pixels have their grid, and a grid its pixels.
+
+    Args:
+        inputs: keywords of a model's call; those of images and videos are looked at.
+        placeholders: token ids by "image" and "video".
+        tokens: (batch, length) new token ids; a grid without pixels is wrong only where they have placeholders, since
+            decoding steps and chunks of a prompt come with the grids of all of it. None where that is not known.
+    Raises:
+        ValueError: one comes without the other, has another number of axes, or they differ in their patches.
+    """
+    encoded, is_traced = inputs.get("mm_encoder_outputs") or {}, torch.compiler.is_compiling()
+    for kind, pixels_name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        grid_name = f"{kind}_grid_thw"
+        pixels, grid = inputs.get(pixels_name), inputs.get(grid_name)
+        if grid is not None and (grid.ndim != 2 or grid.shape[1] != 3):
+            raise ValueError(f"`{grid_name}` must have shape (num_{kind}s, 3), got {tuple(grid.shape)}")
+        if pixels is not None and grid is None:
+            raise ValueError(f"`{pixels_name}` of shape {tuple(pixels.shape)} came without `{grid_name}`")
+        if pixels is not None:
+            if pixels.ndim != 2:
+                raise ValueError(f"`{pixels_name}` must have shape (patches, pixels), got {tuple(pixels.shape)}")
+            if not is_traced and pixels.shape[0] != (patches := int(grid.prod(-1).sum())):
+                raise ValueError(
+                    f"`{pixels_name}` has {pixels.shape[0]} patches, and `{grid_name}` = {grid.tolist()} has {patches}"
+                )
+        elif grid is not None and tokens is not None and tokens.shape[1] > 1 and encoded.get(kind) is None:
+            # Decoding steps, of one token, are not looked at: on a GPU they would wait for the answer.
+            is_missing = not is_traced and bool((tokens == placeholders[kind]).any())
+            if is_missing:
+                raise ValueError(f"`{grid_name}` = {grid.tolist()} came without `{pixels_name}`")
 
 
 def mrope_position_ids(
@@ -42,7 +78,7 @@ def mrope_position_ids(
     device = mm_token_type_ids.device
     grids = {kind: _to_list(grid) for kind, grid in ((1, image_grid_thw), (2, video_grid_thw))}
     seconds = [1.0] * len(grids[2]) if second_per_grid_ts is None else _to_list(second_per_grid_ts)
-    if len(seconds) != len(grids[2]):
+    if not isinstance(seconds, list) or len(seconds) != len(grids[2]) or any(isinstance(one, list) for one in seconds):
         raise ValueError(f"`second_per_grid_ts` = {seconds} must have one entry for each of {len(grids[2])} videos")
     if truncate_seconds:
         seconds = [int(value) for value in seconds]

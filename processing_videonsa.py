@@ -6,25 +6,26 @@ Tokens, grids and timing are those of Qwen2.5-VL. What is added: the choice of f
 """
 
 import difflib
+import importlib
 import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-from transformers.processing_utils import ImagesKwargs, ProcessingKwargs, TextKwargs, Unpack, VideosKwargs
-from transformers.utils import logging
+from transformers.processing_utils import ProcessingKwargs, Unpack
+from transformers.utils import is_torchvision_available, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput
 
 try:
     from .budget_videonsa import (
-        MIN_SAMPLED_FRAMES,
         PatchSizes,
         VideoOptions,
         VideoPlan,
@@ -33,13 +34,31 @@ try:
         plan_videos,
     )
     from .files_videonsa import read_for_qwen_vl_utils
-    from .frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
+    from .frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from .hub_videonsa import PushMixin
+    from .messages_videonsa import ImageRequest, holds_images, parse_conversation
+    from .options_videonsa import (
+        OWN_OPTIONS,
+        REFUSED_OPTIONS,
+        SAMPLING_OPTIONS,
+        call_keywords,
+        image_limits,
+        image_size,
+        is_refused,
+        options_of,
+        refuse_unknown,
+        reset_options,
+        sort_options,
+        warn_of_overridden,
+        white_of,
+    )
+    from .pictures_videonsa import WHITE, as_array, check_values, flatten_images, read_picture
+    from .pixels_videonsa import PlainVideoProcessor
+    from .serving_videonsa import bad_request, drop_guesses, is_server_call, register
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
     from budget_videonsa import (
-        MIN_SAMPLED_FRAMES,
         PatchSizes,
         VideoOptions,
         VideoPlan,
@@ -48,30 +67,29 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
         plan_videos,
     )
     from files_videonsa import read_for_qwen_vl_utils
-    from frames_videonsa import VideoRequest, flatten_metadata, flatten_videos, open_clip
+    from frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from hub_videonsa import PushMixin
+    from messages_videonsa import ImageRequest, holds_images, parse_conversation
+    from options_videonsa import (
+        OWN_OPTIONS,
+        REFUSED_OPTIONS,
+        SAMPLING_OPTIONS,
+        call_keywords,
+        image_limits,
+        image_size,
+        is_refused,
+        options_of,
+        refuse_unknown,
+        reset_options,
+        sort_options,
+        warn_of_overridden,
+        white_of,
+    )
+    from pictures_videonsa import WHITE, as_array, check_values, flatten_images, read_picture
+    from pixels_videonsa import PlainVideoProcessor
+    from serving_videonsa import bad_request, drop_guesses, is_server_call, register
 
 logger = logging.get_logger(__name__)
-
-_SAMPLING_OPTIONS = ("fps", "num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame")
-_OWN_OPTIONS = (*_SAMPLING_OPTIONS, "max_total_tokens")
-_CONTENT_TYPES = ("text", "image", "image_url", "video")
-# Options of a video in a message: ours, and how qwen-vl-utils spells them.
-_MESSAGE_OPTIONS = {name: name for name in _SAMPLING_OPTIONS} | {
-    "sample_fps": "fps",
-    "nframes": "num_frames",
-    "min_pixels": "min_pixels_per_frame",
-    "max_pixels": "max_pixels_per_frame",
-}
-# Keywords of Qwen2VLVideoProcessor that would contradict the plan or have no effect on it.
-_REFUSED_OPTIONS = {
-    "cap_pixels_per_frame": "`max_pixels_per_frame` and `max_total_tokens` do its work",
-    "max_video_tokens": "use `max_total_tokens`",
-    "min_frames": f"sampling by `fps` takes at least {MIN_SAMPLED_FRAMES} frames, as Qwen2.5-VL does",
-    "patch_size": "it belongs to the model",
-    "merge_size": "it belongs to the model",
-    "temporal_patch_size": "it belongs to the model",
-}
 
 
 class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
@@ -79,8 +97,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
     Qwen2.5-VL's processor with a frame, pixel and token budget for videos.
 
     Every option below is a default that a call can override: `processor(..., fps=4)`,
-    `processor.apply_chat_template(..., fps=4)`, or, for one video, `{"type": "video", "video": ..., "fps": 4}`.
-    Pixel limits hold on every path: a message can ask for less than `max_pixels_per_frame`, not for more.
+    `processor.apply_chat_template(..., fps=4)`, or, for one video, `{"type": "video", "video": ..., "fps": 4}`. What a
+    message asks goes before what the call asks, with a warning where they differ, and that before the defaults; `fps`
+    in one place replaces `num_frames` in a later one, and the reverse. Pixel limits hold on every path: a message can
+    ask for less than `max_pixels_per_frame`, not for more, and an image for less than the call or `image_processor`
+    allows: `{"type": "image", "image": ..., "max_pixels": 50176}`.
 
     When the videos of a prompt exceed `max_total_tokens`, all their frames are first shrunk by one common pixel
     limit, down to a quarter of `max_pixels_per_frame`; if that is not enough, frames are left out evenly over each
@@ -88,9 +109,12 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
     [`~VideoNSAProcessor.plan_video`] and by calls with `return_metadata=True`.
 
     Args:
-        image_processor (`Qwen2VLImageProcessor`): for images; their size is its own matter.
+        image_processor (`Qwen2VLImageProcessor`): for images; their size is its own matter, and is kept.
         tokenizer (`Qwen2TokenizerFast`): pads on the left unless it was saved with another `padding_side`.
-        video_processor (`Qwen2VLVideoProcessor`): rescales, normalises and cuts patches.
+        video_processor (`Qwen2VLVideoProcessor`): rescales, normalises and cuts patches. Its `size`, `fps`,
+            `num_frames` and `max_frames`, where they are not those of its class, are the defaults of the options below;
+            a contradiction is an error. From then on, and in a saved processor, the options count, and its `size`
+            follows them.
         chat_template (`str`, *optional*): Jinja template.
         fps (`float`, *optional*, defaults to 2.0):
             Frames per second taken from a video, as in Qwen2.5-VL (the VideoNSA paper trains at 4). For frames that
@@ -115,25 +139,32 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         fps: float | None = None,
         num_frames: int | None = None,
         max_frames: int | None = None,
-        min_pixels_per_frame: int = 4 * 28 * 28,
-        max_pixels_per_frame: int = 64 * 28 * 28,
+        min_pixels_per_frame: int | None = None,
+        max_pixels_per_frame: int | None = None,
         max_total_tokens: int = 128 * 1024,
     ):
-        self.fps = 2.0 if fps is None and num_frames is None else fps
-        self.num_frames = num_frames
-        self.max_frames = max_frames
-        self.min_pixels_per_frame = min_pixels_per_frame
-        self.max_pixels_per_frame = max_pixels_per_frame
-        self.max_total_tokens = max_total_tokens
+        given = VideoOptions(fps, num_frames, max_frames, min_pixels_per_frame, max_pixels_per_frame)
+        brought = options_of(video_processor)
+        for name, value in brought.items():
+            if name in REFUSED_OPTIONS:
+                raise ValueError(f"`video_processor` has {name}={value}: {REFUSED_OPTIONS[name]}")
+            if getattr(given, name) not in (None, value):
+                raise ValueError(f"`{name}`={getattr(given, name)} contradicts `video_processor`, which has {value}")
+        given = replace(given, **brought)
+        self.fps = 2.0 if given.fps is None and given.num_frames is None else given.fps
+        self.num_frames = given.num_frames
+        self.max_frames = given.max_frames
+        self.min_pixels_per_frame = given.min_pixels_per_frame or 4 * 28 * 28
+        self.max_pixels_per_frame = given.max_pixels_per_frame or 64 * 28 * 28
+        self.max_total_tokens = check_positive("max_total_tokens", max_total_tokens)
         self._default_options().check_pixels()
-        check_positive("max_total_tokens", max_total_tokens)
         super().__init__(image_processor, tokenizer, video_processor, chat_template=chat_template)
         if "padding_side" not in tokenizer.init_kwargs:
             tokenizer.padding_side = "left"
         self._sync_video_processor()
 
     def _default_options(self) -> VideoOptions:
-        return VideoOptions(**{name: getattr(self, name) for name in _SAMPLING_OPTIONS})
+        return VideoOptions(**{name: getattr(self, name) for name in SAMPLING_OPTIONS})
 
     def _patch_sizes(self) -> PatchSizes:
         processor = self.video_processor
@@ -144,6 +175,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         size = SizeDict(shortest_edge=self.min_pixels_per_frame, longest_edge=self.max_pixels_per_frame)
         self.video_processor.size = size
         self.video_processor.cap_pixels_per_frame = False  # unset, it warns in every call
+        for name in options_of(self.video_processor).keys() & {"fps", "num_frames", "max_frames"}:
+            value, stock = getattr(self, name), getattr(type(self.video_processor), name, None)
+            setattr(self.video_processor, name, stock if value is None else value)
 
     def to_dict(self) -> dict[str, Any]:
         self._sync_video_processor()
@@ -161,13 +195,26 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         return {"config": None}
 
     @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        if is_torchvision_available():
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, processor_dict, **kwargs)
+        parts = (AutoImageProcessor, AutoTokenizer, PlainVideoProcessor)  # in the order of `__init__`
+        return [part.from_pretrained(pretrained_model_name_or_path, **kwargs) for part in parts]
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        if isinstance(argument, PlainVideoProcessor):
+            return PlainVideoProcessor  # transformers looks the class it expects up among those of torchvision
+        return super().check_argument_for_proper_class(argument_name, argument)
+
+    @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         for name in kwargs:
-            close = difflib.get_close_matches(name, _OWN_OPTIONS, n=1, cutoff=0.85)
-            if close and name not in _OWN_OPTIONS:
+            close = difflib.get_close_matches(name, OWN_OPTIONS, n=1, cutoff=0.85)
+            if close and name not in OWN_OPTIONS:
                 raise ValueError(f"`{name}` is not an option of {cls.__name__}; did you mean `{close[0]}`?")
-            if name in _REFUSED_OPTIONS and kwargs[name] is not None and "patch" not in name and name != "merge_size":
-                raise ValueError(f"`{name}` is not an option of {cls.__name__}: {_REFUSED_OPTIONS[name]}")
+            if is_refused(name, kwargs[name]) and "patch" not in name and name != "merge_size":
+                raise ValueError(f"`{name}` is not an option of {cls.__name__}: {REFUSED_OPTIONS[name]}")
+        stored = processor_dict
         # An explicit `fps` replaces a stored `num_frames` and the reverse.
         if kwargs.get("fps") is not None or kwargs.get("num_frames") is not None:
             processor_dict = processor_dict | {"fps": None, "num_frames": None}
@@ -177,7 +224,20 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             value = kwargs.get(name) or size.get(edge)
             if value is not None:
                 kwargs.setdefault(f"{name}_per_frame", value)
-        return super().from_args_and_dict(args, processor_dict, **kwargs)
+        found: dict[str, Any] = {}
+        for part in args:
+            if hasattr(part, "temporal_patch_size") and hasattr(part, "min_frames"):  # the video processor
+                found = options_of(part)
+                reset_options(part)
+        loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded  # with `return_unused_kwargs`
+        counts = {name: (stored.get(name), kwargs.get(name), getattr(processor, name, None)) for name in found}
+        unused = {name: value for name, value in found.items() if value not in counts[name]}
+        if unused:
+            logger.warning_once(
+                f"Of the saved video processor {unused} is not used: the options of {cls.__name__} count"
+            )
+        return loaded
 
     @staticmethod
     def register_qwen_vl_utils_reader() -> None:
@@ -185,8 +245,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
 
         Its own readers need decord, torchcodec, or a torchvision that still has `torchvision.io.read_video`.
         """
-        from qwen_vl_utils import vision_process
-
+        # Not an import statement: transformers would demand the package of everyone who loads this file from the Hub.
+        vision_process = importlib.import_module("qwen_vl_utils.vision_process")
         # "torchvision" is also what it falls back to, with another error than the reader's own.
         for name in ("pyav", "torchvision"):
             vision_process.VIDEO_READER_BACKENDS[name] = read_for_qwen_vl_utils
@@ -215,12 +275,12 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         **options,
     ) -> list[VideoPlan]:
         """What a call would choose for the videos of one prompt; see `plan_video`."""
-        _refuse_unknown(options, _SAMPLING_OPTIONS)
+        refuse_unknown(options, SAMPLING_OPTIONS)
         sources, chosen = [], []
         for request in self._requests(videos, video_metadata, options):
             known = isinstance(request.video, VideoSource)
             sources.append(request.video if known else self._open(request, do_sample_frames).source)
-            chosen.append(self._complete(request.options))
+            chosen.append(self._complete(request.options, sources[-1]))
         budget = self.max_total_tokens if max_total_tokens is None else max_total_tokens
         return plan_videos(sources, chosen, budget, self._patch_sizes())
 
@@ -246,14 +306,19 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
 
         Args:
             text: prompt(s) with one `<|image_pad|>` or `<|video_pad|>` for each image or video.
-            videos: for each video a path, a list of frames (PIL images, image paths or arrays), an array or tensor
-                (T, H, W, C) or (T, C, H, W) with values 0 to 255, or a pair (array, metadata).
+            images: PIL images, arrays (H, W), (H, W, C) or (C, H, W), or what `sources_videonsa.resolve_source` takes
+                (a path, URI, the bytes of a file or a binary file), in whatever nesting.
+            videos: for each video what `resolve_source` takes, a list of frames (as `images`), an array
+                (T, H, W, C) or (T, C, H, W), or a pair (array, metadata). Arrays, here and in `images`, are numpy's,
+                torch's, decord's, torchcodec's or others with `__array__` or `__dlpack__`, have 1 to 4 channels (grey
+                or RGB, without or with alpha) and values 0 to 255 of any type; `pictures_videonsa.py` tells more.
             fps: as in the class; or one number per video, as in qwen-vl-utils' `video_kwargs`. For arrays and frame
                 lists without `video_metadata` it is the rate at which they were sampled.
             num_frames, max_frames, min_pixels_per_frame, max_pixels_per_frame, max_total_tokens: as in the class.
             video_metadata: `VideoMetadata` or dict per video of frames. With `frames_indices` the frames are taken as
                 sampled; without, as the whole video, from which `fps` or `num_frames` samples.
-            do_sample_frames: False takes every frame of every video, and never leaves one out.
+            do_sample_frames: False takes every frame of every video, and never leaves one out. True samples frames that
+                were sampled before once more, by their `video_metadata`.
             return_metadata: add `video_metadata` and `video_plans` (lists) to the result; remove them for `generate`.
             kwargs: transformers' keywords for text, images and videos. For videos, `size`, `min_pixels` and
                 `max_pixels` are other names of the pixel limits.
@@ -276,7 +341,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             "video_metadata": video_metadata,
             "do_sample_frames": do_sample_frames,
         }
-        named, resizing, kwargs = self._sort_options(named, kwargs)
+        named, resizing, kwargs = sort_options(self, named, kwargs)
+        if images is not None:
+            images = self._read_images(images, resizing["resample"], kwargs)
         if videos is None:
             return super().__call__(images=images, text=text, **kwargs)
 
@@ -290,8 +357,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
                 f"Frames came without timing and are taken as sampled at {rate} per second. Say what it was: `fps`, or "
                 "`video_metadata` with the `fps` of the whole video and the `frames_indices` taken from it."
             )
-        clips = [self._open(request, sample, resizing["input_data_format"]) for request in requests]
-        options = [self._complete(request.options) for request in requests]
+        white = white_of(self.video_processor, kwargs, "videos_kwargs")
+        clips = [self._open(request, sample, resizing["input_data_format"], white) for request in requests]
+        options = [self._complete(request.options, clip.source) for request, clip in zip(requests, clips, strict=True)]
         if not resizing["do_resize"]:
             options = [self._unresized(clip.source, option) for clip, option in zip(clips, options, strict=True)]
         plans: list[VideoPlan] = []
@@ -304,14 +372,10 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
 
         def resize(frames: torch.Tensor, plan: VideoPlan) -> torch.Tensor:
             # What the video processor would do, but frame by frame where a file is read.
-            if frames.shape[-2:] == (plan.height, plan.width):
-                return frames
-            size = SizeDict(height=plan.height, width=plan.width)
-            return BaseVideoProcessor.resize(self.video_processor, frames, size=size, resample=resizing["resample"])
+            return self._resize(frames, plan.height, plan.width, resizing["resample"])
 
         frames = [clip.read(plan, resize) for clip, plan in zip(clips, plans, strict=True)]
         metadata = [clip.metadata(plan) for clip, plan in zip(clips, plans, strict=True)]
-        self._warn_if_scaled(frames, kwargs)
         kwargs["videos_kwargs"] |= {
             "do_resize": False,
             "do_sample_frames": False,
@@ -323,6 +387,41 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             outputs["video_metadata"] = metadata
             outputs["video_plans"] = plans
         return outputs
+
+    def _resize(self, frames: torch.Tensor, height: int, width: int, resample: Any) -> torch.Tensor:
+        if frames.shape[-2:] == (height, width):
+            return frames
+        if isinstance(self.video_processor, PlainVideoProcessor):
+            return self.video_processor.resize_frames(frames, height, width, resample)
+        size = SizeDict(height=height, width=width)
+        return BaseVideoProcessor.resize(self.video_processor, frames, size=size, resample=resample)
+
+    def _read_images(self, images: Any, resample: Any, kwargs: dict[str, Any]) -> list[torch.Tensor] | None:
+        """Images as (3, H, W), resized if any of them has options of its own; sets their keywords in `kwargs`."""
+        requests = [
+            image if isinstance(image, ImageRequest) else ImageRequest(image) for image in flatten_images(images)
+        ]
+        options = kwargs.setdefault("images_kwargs", {})
+        low, high = image_limits(self.image_processor, options)
+        white = white_of(self.image_processor, kwargs, "images_kwargs")
+        data_format = options.pop("input_data_format", None)
+        pictures = []
+        for request in requests:
+            picture = read_picture(request.image, argument="images", data_format=data_format, white=white)
+            check_values(picture, "images", white)
+            pictures.append(picture)
+        options["input_data_format"] = ChannelDimension.FIRST
+        asked = [request.options for request in requests]
+        if any(asked):
+            do_resize = options.get("do_resize")
+            if not (self.image_processor.do_resize if do_resize is None else do_resize):
+                raise ValueError(f"`do_resize`=False contradicts the options of an image in a message: {asked}")
+            resample = options.get("resample", self.image_processor.resample)
+            for i, (picture, own) in enumerate(zip(pictures, asked, strict=True)):
+                size = image_size(self.image_processor, tuple(picture.shape[-2:]), own, low, high)
+                pictures[i] = self._resize(picture[None], *size, resample)[0]
+            options["do_resize"] = False
+        return pictures or None
 
     def _process_videos(self, videos: Sequence[torch.Tensor], **kwargs) -> tuple[dict[str, Any], list[str]]:
         """Patches of resized (T, 3, H, W) videos, as in Qwen2.5-VL, but cut from a few frames at a time.
@@ -356,79 +455,40 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         return processed, [self.replace_video_token(processed, i) for i in range(len(videos))]
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As in transformers. Options of a video (`fps`, `max_pixels`, ...) in its message apply to that video.
+        """As in transformers. Options of an image or a video (`fps`, `max_pixels`, ...) in its message apply to it.
 
-        With `tokenize=True` the keywords of a call are taken both directly and inside `processor_kwargs`.
+        Keys whose value is None are absent, in messages and in their parts. With `tokenize=True` the keywords of a call
+        are taken both directly and inside `processor_kwargs`. `load_audio_from_video`, which transformers' server sends
+        with every call, has no effect (`serving_videonsa.py`).
 
         Raises:
-            ValueError: as a call; or a video in a message carries an option that is not known.
+            ValueError: as a call; or something in the conversation, or `tools` or `documents`, would be ignored.
         """
-        if kwargs.get("tokenize"):
-            conversation = _with_requests(conversation)
+        if is_server_call(kwargs):
+            try:
+                return self.apply_chat_template(conversation, chat_template, **drop_guesses(kwargs))
+            except ValueError as error:
+                raise bad_request(error) from error
+        templates = f"{self.chat_template} {chat_template}"
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in templates:
+                raise ValueError(f"`{name}` would be ignored: the chat template does not use it")
+        is_read = bool(kwargs.get("tokenize"))
+        conversation = parse_conversation(conversation, templates, is_read=is_read)
+        if is_read:
             own = inspect.signature(super().apply_chat_template).parameters
-            mine = {name: kwargs.pop(name) for name in self._call_keywords() if name in kwargs and name not in own}
-            if mine:
-                kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **mine}
+            mine = {name: kwargs.pop(name) for name in call_keywords(self) if name in kwargs and name not in own}
+            inner = kwargs.get("processor_kwargs") or {}
+            for name in mine.keys() & inner.keys():
+                raise ValueError(f"`{name}` was given twice: as a keyword and in `processor_kwargs`")
+            for name in ("text", "images", "videos", "audio"):
+                given = kwargs.get(name, inner.get(name))
+                # transformers takes the images of templates that have no place for them in messages.
+                if given is not None and (name != "images" or holds_images(conversation)):
+                    raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")
+            # transformers asks to sample wherever a rate is given, which may also say how frames were sampled.
+            kwargs["processor_kwargs"] = {"do_sample_frames": None, **inner, **mine}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
-
-    def _call_keywords(self) -> set[str]:
-        keywords = {*_OWN_OPTIONS, "return_mm_token_type_ids", "return_text_replacement_offsets", "common_kwargs"}
-        for kwargs in (TextKwargs, ProcessingKwargs, ImagesKwargs, VideosKwargs):
-            keywords |= set(kwargs.__annotations__)
-        return keywords | self._valid("image_processor") | self._valid("video_processor")
-
-    def _valid(self, processor: str) -> set[str]:
-        base = ImagesKwargs if processor == "image_processor" else VideosKwargs
-        return set(base.__annotations__) | set(getattr(self, processor).valid_kwargs.__annotations__)
-
-    def _sort_options(self, named: dict[str, Any], kwargs: dict[str, Any]) -> tuple[dict, dict, dict]:
-        """Split the keywords of a call.
-
-        Returns:
-            our options by name; how frames are resized here; the keywords that transformers is to handle.
-        """
-        kwargs = {key: dict(value) if isinstance(value, Mapping) else value for key, value in kwargs.items()}
-        videos_kwargs = kwargs.setdefault("videos_kwargs", {})
-        for name, value in named.items():
-            inner = videos_kwargs.pop(name, None)
-            if inner is not None and value is not None:
-                raise ValueError(f"`{name}` was given twice: as a keyword and in `videos_kwargs`")
-            named[name] = value if inner is None else inner
-        _refuse_unknown(kwargs, self._call_keywords())
-        _refuse_unknown(videos_kwargs, {*self._valid("video_processor"), *named}, "`videos_kwargs`")
-        _refuse_unknown(kwargs.get("images_kwargs", {}), self._valid("image_processor"), "`images_kwargs`")
-        for name in (*kwargs, *videos_kwargs):
-            if name in _REFUSED_OPTIONS:
-                raise ValueError(f"`{name}` cannot be set in a call: {_REFUSED_OPTIONS[name]}")
-
-        # Keywords that transformers handles for images, and that are handled here for videos.
-        videos = {}
-        for name in (
-            "do_resize",
-            "resample",
-            "input_data_format",
-            "do_convert_rgb",
-            "size",
-            "min_pixels",
-            "max_pixels",
-        ):
-            value = kwargs.pop(name, None)
-            if value is not None:
-                kwargs.setdefault("images_kwargs", {}).setdefault(name, value)
-            inner = videos_kwargs.pop(name, None)
-            videos[name] = value if inner is None else inner
-        size = videos["size"] or {}
-        if not isinstance(size, Mapping) or set(size) - {"shortest_edge", "longest_edge"}:
-            raise ValueError(f"`size` must hold shortest_edge and longest_edge, got {size!r}")
-        for limit, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-            values = [named[f"{limit}_per_frame"], videos[limit], size.get(edge)]
-            named[f"{limit}_per_frame"] = next((value for value in values if value is not None), None)
-        resizing = {
-            "do_resize": self.video_processor.do_resize if videos["do_resize"] is None else videos["do_resize"],
-            "resample": self.video_processor.resample if videos["resample"] is None else videos["resample"],
-            "input_data_format": videos["input_data_format"],
-        }
-        return named, resizing, kwargs
 
     def _requests(self, videos: Any, video_metadata: Any, options: Mapping[str, Any]) -> list[VideoRequest]:
         """Flatten `videos` and give each its options: those of its message, completed by those of the call."""
@@ -437,8 +497,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             raise ValueError(f"`videos` holds no video, got {videos!r}")
         metadata = [None] * len(flat) if video_metadata is None else list(flatten_metadata(video_metadata))
         rates = options.get("fps")
-        several = isinstance(rates, (list, tuple, np.ndarray, torch.Tensor))
-        rates = np.ravel(rates).tolist() if several else [rates] * len(flat)
+        array = as_array(rates)
+        if isinstance(rates, (list, tuple)) or (array is not None and array.ndim):
+            rates = list(rates if array is None else array.reshape(-1))
+        else:
+            rates = [rates] * len(flat)
         for name, values in (("video_metadata", metadata), ("fps", rates)):
             if len(values) != len(flat):
                 raise ValueError(f"`{name}` has {len(values)} entries for {len(flat)} videos")
@@ -446,8 +509,9 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         for video, entry, rate in zip(flat, metadata, rates, strict=True):
             request = video if isinstance(video, VideoRequest) else VideoRequest(video)
             asked = VideoOptions(**{**options, "fps": rate})
+            warn_of_overridden(request.options, asked)
             mine = self._within_limit(request.options, asked.max_pixels_per_frame or self.max_pixels_per_frame)
-            requests.append(replace(request, options=mine.over(asked), metadata=request.metadata or entry))
+            requests.append(VideoRequest(request.video, mine.over(asked), request.metadata or entry))
         return requests
 
     @staticmethod
@@ -458,26 +522,43 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             for name in ("min_pixels_per_frame", "max_pixels_per_frame")
             if (getattr(options, name) or 0) > limit
         }
-        if lowered:
+        asked = {name: getattr(options, name) for name in lowered}
+        if (options.resized_height or 0) * (options.resized_width or 0) > limit:
+            asked |= {"resized_height": options.resized_height, "resized_width": options.resized_width}
+        if asked:
             logger.warning_once(
-                f"A video in a message asks for {', '.join(f'{name}={getattr(options, name)}' for name in lowered)}; "
+                f"A video in a message asks for {', '.join(f'{name}={value}' for name, value in asked.items())}; "
                 f"the limit of {limit} applies. Raise `max_pixels_per_frame` in the call to allow more."
             )
         return replace(options, **lowered)
 
-    def _open(self, request: VideoRequest, do_sample_frames: bool | None, data_format: Any = None):
+    def _open(
+        self, request: VideoRequest, do_sample_frames: bool | None, data_format: Any = None, white: float = WHITE
+    ) -> Clip:
         rate = request.options.fps or self.fps or 2.0
-        return open_clip(request, rate=rate, every_frame=do_sample_frames is False, data_format=data_format)
+        return open_clip(request, rate=rate, do_sample_frames=do_sample_frames, data_format=data_format, white=white)
 
-    def _complete(self, asked: VideoOptions) -> VideoOptions:
+    def _complete(self, asked: VideoOptions, source: VideoSource) -> VideoOptions:
         """Options completed by the defaults; a default minimum of pixels gives way to a lower maximum."""
         options = asked.over(self._default_options())
         if asked.min_pixels_per_frame is None and options.max_pixels_per_frame < options.min_pixels_per_frame:
             options = replace(options, min_pixels_per_frame=options.max_pixels_per_frame)
+        if source.presampled and asked.num_frames is None and source.num_frames > (asked.max_frames or math.inf):
+            # Not sampled by a rate, but there is a limit.
+            if not source.may_drop_frames:
+                raise ValueError(
+                    f"`max_frames`={asked.max_frames} contradicts `do_sample_frames`=False: {source.name} has "
+                    f"{source.num_frames} frames"
+                )
+            step = self._patch_sizes().temporal
+            frames = max(step, asked.max_frames // step * step)
+            options = replace(options, fps=None, num_frames=frames, max_frames=None)
         return options
 
     def _unresized(self, source: VideoSource, options: VideoOptions) -> VideoOptions:
         """Options under which a plan keeps the size of the frames."""
+        if options.resized_height:
+            raise ValueError(f"`do_resize`=False contradicts `resized_height`={options.resized_height} of a video")
         factor = self._patch_sizes().spatial
         if source.height % factor or source.width % factor:
             raise ValueError(
@@ -498,61 +579,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         starts = np.cumsum([0, *counts]).tolist()
         return [range(start, start + count) for start, count in zip(starts, counts, strict=False) if count]
 
-    def _warn_if_scaled(self, videos: Iterable[torch.Tensor], kwargs: Mapping) -> None:
-        rescale = kwargs.get("do_rescale", kwargs["videos_kwargs"].get("do_rescale", self.video_processor.do_rescale))
-        if rescale and any(video.is_floating_point() and video.max() <= 1 for video in videos):
-            logger.warning_once(
-                "The pixels of a video are at most 1 and are divided by 255 all the same. Give values from 0 to 255, "
-                "or `do_rescale=False`."
-            )
 
-
-def _refuse_unknown(given: Iterable[str], known: Iterable[str], place: str = "") -> None:
-    known = set(known)
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, sorted(known), n=1)
-            hint = f"; did you mean `{close[0]}`?" if close else ""
-            where = f" in {place}" if place else ""
-            raise ValueError(f"`{name}`{where} is not an option of VideoNSAProcessor{hint}")
-
-
-def _with_requests(conversation: Any) -> Any:
-    """A copy of the conversation(s) in which every video is a `VideoRequest` with the options of its message."""
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        return conversation
-    if isinstance(conversation[0], (list, tuple)):
-        return [_with_requests(single) for single in conversation]
-    messages = []
-    for message in conversation:
-        if isinstance(message, Mapping) and isinstance(message.get("content"), (list, tuple)):
-            message = {**message, "content": [_with_request(part) for part in message["content"]]}
-        messages.append(message)
-    return messages
-
-
-def _with_request(part: Any) -> Any:
-    if isinstance(part, Mapping) and part.get("type", "text") not in _CONTENT_TYPES:
-        # The template would leave it out, and the model would answer about nothing.
-        raise ValueError(f"`type` of a part of a message must be one of {_CONTENT_TYPES}, got {part['type']!r}")
-    if not isinstance(part, Mapping) or part.get("type", "video") != "video":
-        return part
-    # `url` and `path` tell of a video only where `type` does.
-    places = [name for name in ("video", "url", "path")[: 3 if "type" in part else 1] if part.get(name) is not None]
-    if not places and part.get("type") == "video":
-        raise ValueError(f"a video in a message must be given as `video`, `url` or `path`, got {', '.join(part)}")
-    if not places:
-        return part
-    if len(places) > 1:
-        raise ValueError(f"a video in a message must be given once, got {', '.join(f'`{name}`' for name in places)}")
-    given = {name: value for name, value in part.items() if name not in ("type", *places) and value is not None}
-    _refuse_unknown(given, _MESSAGE_OPTIONS, "a video in a message")
-    options = {_MESSAGE_OPTIONS[name]: value for name, value in given.items()}
-    if len(options) < len(given):
-        raise ValueError(f"a video in a message has two names for one option: {', '.join(given)}")
-    return {"type": "video", "video": VideoRequest(part[places[0]], VideoOptions(**options))}
-
-
+register()
 VideoNSAProcessor.register_for_auto_class()
 
 __all__ = ["VideoNSAProcessor", "VideoPlan", "VideoSource"]

@@ -197,6 +197,7 @@ def check_token_types(token_types: Tensor, past: int, attention_mask, position_i
     has_positions = position_ids is not None or any(grid is not None for grid in grids)
     if not past and has_positions and routing.is_2d(attention_mask) and not config.output_attentions:
         return  # without a look at the tokens
+    routing.refuse_export()
     if token_types[:, past:].any():
         _check_nothing_cached(past)
         routing.check_sparse_call(routing.first_columns(attention_mask, past), None, past, kwargs, config)

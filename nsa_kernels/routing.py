@@ -1,9 +1,11 @@
 """Which rows of a forward call are vision rows, which are text rows, and which keys each may see."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 
 import torch
+from torch.utils import _pytree as pytree
 
 from . import utils
 
@@ -116,6 +118,58 @@ class VisionRouting:
         return replace(self, **(moved | {"plan": self.plan}))
 
 
+# torch.export takes a routing apart, since it is an argument of the language model: its tensors are inputs of the
+# graph, and everything else, which the graph is specialised on, is the structure that they are in.
+_PARTS = {part.__name__: part for part in (VisionRouting, TextRun, utils.SequenceLengths)}
+
+
+def _take_apart(value, tensors: list[torch.Tensor]):
+    """Append the tensors in `value` to `tensors`; returns the rest, of types that JSON has."""
+    if isinstance(value, torch.Tensor):
+        tensors.append(value)
+        return None
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop]}
+    if isinstance(value, (tuple, list)):
+        return {type(value).__name__: [_take_apart(item, tensors) for item in value]}
+    if type(value).__name__ in _PARTS:
+        return {type(value).__name__: [_take_apart(getattr(value, field.name), tensors) for field in fields(value)]}
+    return value
+
+
+def _put_together(rest, tensors: Iterator[torch.Tensor]):
+    if rest is None:
+        return next(tensors)
+    if not isinstance(rest, dict):
+        return rest
+    [(kind, items)] = rest.items()
+    if kind == "slice":
+        return slice(*items)
+    items = [_put_together(item, tensors) for item in items]
+    return _PARTS[kind](*items) if kind in _PARTS else tuple(items) if kind == "tuple" else items
+
+
+def _flatten(routing: VisionRouting) -> tuple[list[torch.Tensor], dict]:
+    rest = _take_apart(routing, tensors := [])
+    return tensors, rest
+
+
+def _flatten_with_keys(routing: VisionRouting):
+    tensors, rest = _flatten(routing)
+    return [(pytree.SequenceKey(index), tensor) for index, tensor in enumerate(tensors)], rest
+
+
+pytree.register_pytree_node(
+    VisionRouting,
+    _flatten,
+    lambda tensors, rest: _put_together(rest, iter(tensors)),
+    serialized_type_name=f"{__name__}.VisionRouting",  # two versions of this code may be loaded in one process
+    flatten_with_keys_fn=_flatten_with_keys,
+)
+# Where torch saves the example inputs of a graph by pickle, as 2.11 does, it reads them back by these names alone.
+torch.serialization.add_safe_globals([*_PARTS.values(), slice])
+
+
 def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     """Where the samples of packed rows begin: (batch, q_len), or `None` where no row holds several.
 
@@ -183,6 +237,16 @@ def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *co
         raise ValueError(
             "`output_attentions` = True: sparse attention has no attention weights over all keys; set "
             "model.config.nsa_mode = 'dense' to look at Qwen2.5-VL's"
+        )
+
+
+def refuse_export() -> None:
+    """Raise where a graph is being exported: what these calls do depends on values, which it has not."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "nsa_mode='sparse' cannot be exported with an `attention_mask` that is not 2D, with `cu_seq_lens_q`, with "
+            "`output_attentions`, or, with nsa_variant='released', on a cache. Export without them, or set "
+            "model.config.nsa_mode = 'dense'"
         )
 
 

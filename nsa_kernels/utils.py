@@ -51,7 +51,7 @@ class Span(NamedTuple):
         return self.num_keys - self.num_queries
 
 
-@dataclass(frozen=True)
+@dataclass
 class SequenceLengths:
     """Sequence boundaries known on the host as well as on the device.
 
@@ -61,6 +61,8 @@ class SequenceLengths:
     Attributes:
         cu_seqlens_q, cu_seqlens_k: (batch + 1,), int32, on the device of q.
         offsets_q, offsets_k: the same numbers as Python integers.
+
+    (Not frozen: transformers' exporters set the tensors of a module's arguments anew.)
     """
 
     cu_seqlens_q: Tensor

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from conftest import ROOT, build_config, build_model
-from transformers import AutoConfig
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers import AutoConfig, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig, Qwen2_5_VLTextConfig
 
-from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
+from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig, _misspelt_field
 
 
 def test_defaults_are_the_papers():
@@ -126,12 +128,60 @@ def test_released_variant_refuses_the_rest(fields, message):
         assert getattr(config.text_config, name) == before
 
 
-@pytest.mark.parametrize("key", ["block_count", "blocksize", "windows_size", "gate_temp", "nsa_top_k", "nsa_varient"])
+MISSPELT = {
+    "block_count": "block_counts",
+    "blockcounts": "block_counts",
+    "blocks_count": "block_counts",
+    "blocksize": "block_size",
+    "block_sizes": "block_size",
+    "BlockSize": "block_size",
+    "block-size": "block_size",
+    "windows_size": "window_size",
+    "window_szie": "window_size",
+    "windows_sizes": "window_size",
+    "win_size": "window_size",
+    "gate_temp": "gate_temperature",
+    "gates_temprature": "gate_temperature",
+    "nas_mode": "nsa_mode",
+    "nsa_varient": "nsa_variant",
+}
+
+
+@pytest.mark.parametrize("key", [*MISSPELT, "nsa_top_k"])
 def test_misspelt_keys(key):
-    with pytest.raises(ValueError, match=f"`{key}` = 3"):
-        VideoNSAConfig(**{key: 3})
-    with pytest.raises(ValueError, match=f"`{key}` = 3"):
-        VideoNSAConfig(text_config={key: 3})
+    hint = f"; did you mean `{MISSPELT[key]}`" if key in MISSPELT else "; the NSA fields are nsa_variant"
+    for build in (
+        lambda: VideoNSAConfig(**{key: 3}),
+        lambda: VideoNSAConfig(text_config={key: 3}),
+        lambda: setattr(build_config(), key, 3),
+        lambda: setattr(build_config().text_config, key, 3),
+    ):
+        with pytest.raises(ValueError, match=f"`{key}` = 3 .*{hint}"):
+            build()
+
+
+def test_every_slip_of_the_pen_is_caught():
+    for field in NSA_FIELDS:
+        cuts = [(field[:at], field[at:]) for at in range(len(field) + 1)]
+        slips = {a + b[1:] for a, b in cuts if b} | {a + b[1] + b[0] + b[2:] for a, b in cuts if len(b) > 1}
+        slips |= {a + letter + rest for a, b in cuts for letter in "aqz" for rest in (b, b[1:])}
+        assert [slip for slip in slips - {*NSA_FIELDS} if _misspelt_field(slip) is None] == []
+
+
+def test_names_of_others_are_let_through():
+    """Those of all configurations in transformers and of its generation flags, and a few more, at every place."""
+    names = set(vars(GenerationConfig())) | {"batch_size", "chunk_size", "variant", "kv_block_size", "blockwise"}
+    for kind in CONFIG_MAPPING:
+        for config_class in CONFIG_MAPPING[kind].__mro__:
+            names |= {*getattr(config_class, "__annotations__", ()), *vars(config_class)}
+    names = {name for name in names if not name.startswith("_")} - {*NSA_FIELDS}
+    assert names > {"vocab_size", "temperature", "sliding_window_size", "index_block_size"}
+    assert {name for name in names if _misspelt_field(name)} == {"block_sizes"}  # Funnel's, and a misspelling here
+    config = build_config()
+    for name in ("vocab_size", "batch_size", "chunk_size", "temperature", "softmax_temperature", "variant"):
+        VideoNSAConfig(**{name: 300})
+        setattr(config, name, 300)
+        setattr(config.text_config, name, 300)
 
 
 def test_misspelt_names_on_a_loaded_model():
@@ -180,6 +230,76 @@ def test_unrelated_keys_of_published_configurations_are_kept():
         vision_config={"in_chans": 3, "spatial_patch_size": 14},
     )
     assert config.vision_token_id == 151654
+
+
+FLAT = {  # the configuration of a published Qwen2.5-VL checkpoint, smaller
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "vision_token_id": 151654,
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "hidden_act": "silu",
+    "hidden_size": 448,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128000,
+    "max_window_layers": 28,
+    "model_type": "qwen2_5_vl",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vision_config": {"depth": 2, "hidden_size": 64, "in_chans": 3, "out_hidden_size": 448, "window_size": 112},
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "vocab_size": 300,
+}
+
+
+def test_flat_configurations(tmp_path):
+    """Text fields at the top level, as in published checkpoints, are read as transformers' own class reads them."""
+    (tmp_path / "config.json").write_text(json.dumps(FLAT))
+    flat = {name: value for name, value in FLAT.items() if name != "model_type"}
+    config = VideoNSAConfig.from_pretrained(tmp_path)
+    for ours, qwens in (
+        (config.to_dict(), Qwen2_5_VLConfig.from_pretrained(tmp_path).to_dict()),
+        (VideoNSAConfig(**flat).to_dict(), Qwen2_5_VLConfig(**flat).to_dict()),
+    ):
+        text = {name: value for name, value in ours["text_config"].items() if name not in NSA_FIELDS}
+        assert text == qwens["text_config"] | {"model_type": "videonsa_text"}
+        assert ours | {"text_config": text} == qwens | {"text_config": text, "model_type": "videonsa"}
+    config.save_pretrained(tmp_path)
+    assert VideoNSAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    assert (config.text_config.vocab_size, config.window_size, config.vision_config.window_size) == (300, 256, 112)
+    # The variant takes its blocks only together with them.
+    (tmp_path / "config.json").write_text(json.dumps(FLAT))
+    for config in (VideoNSAConfig(**flat, **NSA_RELEASED), VideoNSAConfig.from_pretrained(tmp_path, **NSA_RELEASED)):
+        assert {name: getattr(config, name) for name in NSA_RELEASED} == NSA_RELEASED
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_embeddings_are_resized(tmp_path, prompts, tied):
+    model = build_model(text={"tie_word_embeddings": tied})
+    inputs = prompts.one([3, ("video", 3, 4, 4), 4])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for size, options in ((300, {}), (280, {}), (320, {"pad_to_multiple_of": 64})):
+            model.resize_token_embeddings(281 if options else size, **options)
+            assert model.config.text_config.vocab_size == model.lm_head.out_features == size
+            logits = model(**inputs).logits
+            assert logits.shape[-1] == size
+            torch.testing.assert_close(logits[..., :272], expected)
+        model.config.vocab_size = 320  # what some training code adds
+        model.save_pretrained(tmp_path)
+        loaded, loading = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(loading.values())
+        assert torch.equal(loaded(**inputs).logits, logits)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
+    assert loaded(**inputs, labels=inputs["input_ids"]).loss.isfinite()
 
 
 def test_the_roots_configuration():

@@ -134,7 +134,7 @@ def test_videos_are_decoded_while_the_model_works(model, videos, monkeypatch):
         return prepare(conversations)
 
     def wait_and_generate(*arguments):
-        assert second_is_read.wait(timeout=30)
+        assert second_is_read.wait(timeout=300)
         return generate(*arguments)
 
     requests = [request(model, about(video, QUESTIONS[0])) for video in videos[:3]]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import build_model
 from nsa_cases import CountSynchronisations
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.generation import utils as generation_utils
 
 LAYOUT = [5, ("video", 6, 4, 4), 3, ("image", 4, 4), 7]
@@ -92,7 +92,7 @@ def test_embeddings_instead_of_token_ids(greedy_model, prompts, monkeypatch):
     output, expected = generate(greedy_model, embeds | {"inputs_embeds": seen[0]}), generate(greedy_model, single)
     assert torch.equal(output.sequences, expected.sequences[:, -NEW_TOKENS:])
     torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), atol=1e-8, rtol=1e-8)
-    with pytest.raises(ValueError, match=r"`mm_token_type_ids` must have shape \(1, \d+\), got None"):
+    with pytest.raises(ValueError, match=r"`mm_token_type_ids` must have shape \(1, \d+\), .*got None"):
         generate(greedy_model, {"inputs_embeds": seen[0], "video_grid_thw": single["video_grid_thw"]})
 
 
@@ -125,6 +125,28 @@ def test_assisted_decoding_gives_the_greedy_answer(greedy_model, prompts, kind):
         options["assistant_model"] = build_model()
     output = greedy_model.generate(**single, max_new_tokens=NEW_TOKENS, do_sample=False, **options)
     assert torch.equal(output, generate(greedy_model, single).sequences)
+
+
+def test_a_model_for_text_drafts_for_text_prompts_alone(greedy_model, prompts):
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    config = Qwen2Config(vocab_size=272, num_attention_heads=2, num_key_value_heads=1, eos_token_id=None, **shape)
+    draft = Qwen2ForCausalLM(config).double().eval()
+    text = prompts.one([9])
+    output = greedy_model.generate(**text, max_new_tokens=NEW_TOKENS, do_sample=False, assistant_model=draft)
+    assert torch.equal(output, generate(greedy_model, text).sequences)
+    for layout in ([5, ("video", 2, 4, 4), 3], [5, ("image", 4, 4), 3]):
+        with pytest.raises(ValueError, match="`assistant_model` = Qwen2ForCausalLM takes no images or videos"):
+            greedy_model.generate(**prompts.one(layout), max_new_tokens=4, assistant_model=draft)
+
+
+@pytest.mark.parametrize("option", [{"assistant_early_exit": 1}, {"use_mtp": True}], ids=str)
+@pytest.mark.parametrize("layout", [[9], LAYOUT], ids=["text", "media"])
+def test_drafts_from_layers_that_cannot_make_them_are_refused(greedy_model, prompts, option, layout):
+    [(name, value)] = option.items()
+    if not hasattr(GenerationConfig(), name):
+        pytest.skip(f"this transformers has no `{name}`")
+    with pytest.raises(ValueError, match=f"`{name}` = {value}: this model has no layers"):
+        greedy_model.generate(**prompts.one(layout), max_new_tokens=4, **option)
 
 
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
@@ -182,6 +204,83 @@ def test_second_turn_by_plain_forward_calls(greedy_model, prompts):
     length = second["input_ids"].shape[1]
     torch.testing.assert_close(output.logits, expected.logits[:, -length:], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(output_next.logits, expected_next.logits, atol=1e-9, rtol=1e-9)
+
+
+FOLLOW_UPS = {"text": [6], "text and media": [4, ("video", 3, 4, 4), 2, ("image", 2, 4), 3]}
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("follow_up", FOLLOW_UPS.values(), ids=FOLLOW_UPS)
+@pytest.mark.parametrize("types", ["first call's", "of one token", "none"])
+def test_conversations_go_on_with_the_first_calls_token_types(greedy_model, prompts, mode, follow_up, types):
+    """As Qwen2.5-VL's users do: ids and media of the whole conversation, everything else as it was at first."""
+    first, second = prompts.one(LAYOUT), prompts.one(follow_up, seed=3)
+    try:
+        greedy_model.config.nsa_mode = mode
+        answer = generate(greedy_model, first)
+        whole = dict(first)
+        whole["input_ids"] = torch.cat([answer.sequences, second["input_ids"]], dim=1)
+        whole["attention_mask"] = torch.ones_like(whole["input_ids"])
+        for key in ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "second_per_grid_ts"):
+            whole[key] = torch.cat([first[key], second[key]]) if key in second else first[key]
+        whole["mm_token_type_ids"] = greedy_model.model.token_types(whole["input_ids"])
+        expected = generate(greedy_model, whole)
+        if types == "none":
+            del whole["mm_token_type_ids"]
+        else:
+            whole["mm_token_type_ids"] = first["mm_token_type_ids"][:, : 1 if types == "of one token" else None]
+        assert_same(generate(greedy_model, whole, past_key_values=answer.past_key_values), expected)
+        assert_same(generate(greedy_model, whole), expected)
+        whole["mm_token_type_ids"] = first["mm_token_type_ids"][:, 1:]
+        with pytest.raises(ValueError, match="`mm_token_type_ids` must have shape"):
+            generate(greedy_model, whole)
+    finally:
+        greedy_model.config.nsa_mode = "sparse"
+
+
+@pytest.mark.parametrize("length", [1, 4, 23])
+@pytest.mark.parametrize("given", ["ids", "embeddings"])
+def test_text_on_a_cache_takes_any_token_types(greedy_model, prompts, length, given):
+    """Plain calls: types of the first tokens, however many, and of the first call, also where they are as many."""
+    first, second = prompts.one([5, ("video", 3, 4, 4), 6]), prompts.one([length], seed=3)
+    assert first["input_ids"].shape[1] == 23
+    inputs = {"input_ids": second["input_ids"]}
+    if given == "embeddings":
+        inputs = {"inputs_embeds": greedy_model.get_input_embeddings()(second["input_ids"]).detach()}
+    types = first["mm_token_type_ids"]
+    lengths = {0, 3, 23} - ({length} if given == "embeddings" else set())
+    with torch.no_grad():
+        expected = greedy_model(**inputs, past_key_values=greedy_model(**first).past_key_values).logits
+        for columns in lengths:
+            short = torch.nn.functional.pad(types, (0, length))[:, :columns]
+            cache = greedy_model(**first).past_key_values
+            assert torch.equal(greedy_model(**inputs, mm_token_type_ids=short, past_key_values=cache).logits, expected)
+        for wrong in (types[0], types.repeat(2, 1), types.repeat(1, 3), types.repeat(1, 3)[:, : 22 + length]):
+            if wrong.shape[1:] == (23,) and len(wrong) == 1:
+                continue  # no wrong one with a single new token
+            cache = greedy_model(**first).past_key_values
+            with pytest.raises(ValueError, match="`mm_token_type_ids` must have shape"):
+                greedy_model(**inputs, mm_token_type_ids=wrong, past_key_values=cache)
+
+
+def test_media_on_a_cache_need_the_types_of_what_is_cached(greedy_model, prompts):
+    """Those of the new tokens are read off the ids."""
+    first, second = prompts.one(LAYOUT), prompts.one([4, ("video", 3, 4, 4), 6], seed=3)
+    types = first["mm_token_type_ids"]
+    whole = torch.cat([types, second["mm_token_type_ids"]], dim=1)
+    del second["attention_mask"]
+    with torch.no_grad():
+        outputs = [
+            greedy_model(
+                **(second | {"mm_token_type_ids": given}), past_key_values=greedy_model(**first).past_key_values
+            )
+            for given in (whole, types)
+        ]
+        assert torch.equal(outputs[0].logits, outputs[1].logits)
+        for short in (types[:, :-1], second["mm_token_type_ids"]):
+            cache = greedy_model(**first).past_key_values
+            with pytest.raises(ValueError, match=r"`mm_token_type_ids` must cover the \d+ cached tokens too"):
+                greedy_model(**(second | {"mm_token_type_ids": short}), past_key_values=cache)
 
 
 def test_a_cache_that_ends_inside_a_video_is_refused_with_its_pixels(greedy_model, prompts):

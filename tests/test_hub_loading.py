@@ -69,7 +69,7 @@ def run(hub, reference, tmp_path):
         environment |= {"VIDEONSA_REFERENCE": str(reference), "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
         program = "from hub_client import *\n" + textwrap.dedent(code)
         result = subprocess.run(
-            [sys.executable, "-c", program], env=environment, cwd=cwd, capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", program], env=environment, cwd=cwd, capture_output=True, text=True, timeout=900
         )
         assert result.returncode == 0, f"{program}\n{result.stdout}\n{result.stderr}"
 

@@ -103,11 +103,43 @@ def test_images_without_text_between():
         ({}, "`video_grid_thw` .* fewer tokens"),
         ({"video_grid_thw": [[3, 2, 2], [1, 2, 2]]}, "`video_grid_thw` .* more tokens"),
         ({"video_grid_thw": [[3, 2, 2]], "second_per_grid_ts": []}, "`second_per_grid_ts` = .* 1 videos"),
+        ({"video_grid_thw": [[3, 2, 2]], "second_per_grid_ts": 0.5}, "`second_per_grid_ts` = 0.5 .* 1 videos"),
+        ({"video_grid_thw": [[3, 2, 2]], "second_per_grid_ts": [[0.5]]}, "`second_per_grid_ts` = .* 1 videos"),
     ],
 )
 def test_grids_that_do_not_fit_the_prompt(kwargs, message):
     with pytest.raises(ValueError, match=message):
         positions([[0, 2, 2, 2, 0]], **kwargs)
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+@pytest.mark.parametrize("medium", [("video", 2, 4, 4), ("image", 4, 6)], ids=["video", "image"])
+def test_pixels_and_grids_come_together(prompts, medium, mode):
+    """Stock Qwen2.5-VL answers about nothing where the pixels are missing, and fails deep inside without the grid."""
+    model = build_model(nsa_mode=mode)
+    inputs = prompts.one([3, medium, 2])
+    pixels, grid = (
+        ("pixel_values_videos", "video_grid_thw") if medium[0] == "video" else ("pixel_values", "image_grid_thw")
+    )
+    patches = len(inputs[pixels])
+    cases = [
+        ({grid: None}, rf"`{pixels}` of shape \({patches}, .* came without `{grid}`"),
+        ({pixels: None}, rf"`{grid}` = .* came without `{pixels}`"),
+        ({pixels: inputs[pixels][:-4]}, rf"`{pixels}` has {patches - 4} patches, and `{grid}` = .* has {patches}"),
+        ({grid: inputs[grid].repeat(2, 1)}, rf"`{pixels}` has {patches} patches, and `{grid}` = .* has {2 * patches}"),
+        ({grid: inputs[grid][0]}, rf"`{grid}` must have shape \(num_{medium[0]}s, 3\), got \(3,\)"),
+        ({pixels: inputs[pixels][None]}, rf"`{pixels}` must have shape \(patches, pixels\)"),
+    ]
+    for change, match in cases:
+        given = {key: value for key, value in (inputs | change).items() if value is not None}
+        with pytest.raises(ValueError, match=match):
+            model(**given)
+        with pytest.raises(ValueError, match=match):
+            model.generate(**given, max_new_tokens=1)
+    if medium[0] == "video":
+        for call in (model, model.generate):
+            with pytest.raises(ValueError, match=r"`second_per_grid_ts` = .* 1 videos"):
+                call(**(inputs | {"second_per_grid_ts": torch.ones(2)}))
 
 
 def record_positions(model, monkeypatch) -> list:

@@ -4,11 +4,6 @@ import json
 import logging
 import math
 import shutil
-import struct
-import subprocess
-import sys
-from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -18,25 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from moving_shapes import draw_frame
 from PIL import Image
+from processor_testing import ROOT, apply, build_processor, message, numbered, numbered_video, numbers
 from qwen_vl_utils import process_vision_info, vision_process
 from tiny_random import save_tiny_qwen2_5_vl, tiny_tokenizer
 from transformers import (
     AutoProcessor,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import smart_resize
 from transformers.video_utils import VideoMetadata
 
 from budget_videonsa import PatchSizes, VideoOptions, VideoSource, plan_videos
-from files_videonsa import FileClip
 from processing_videonsa import VideoNSAProcessor
 from synthetic.drawing import write_video
 
-ROOT = Path(__file__).resolve().parent.parent
-BITS = 8
 KEYS = {
     "input_ids",
     "attention_mask",
@@ -47,52 +39,9 @@ KEYS = {
 }
 
 
-def build_processor(**options) -> VideoNSAProcessor:
-    return VideoNSAProcessor(
-        Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=50176),
-        tiny_tokenizer(),
-        Qwen2VLVideoProcessor(),
-        chat_template=(ROOT / "chat_template.jinja").read_text(),
-        **options,
-    )
-
-
 @pytest.fixture(scope="module")
 def processor():
     return build_processor()
-
-
-def numbered(number: int, height: int = 56, width: int = 224) -> np.ndarray:
-    """A picture whose vertical bars spell `number` in binary, so that every decoded frame tells which it is."""
-    bars = [255 * (number >> bit & 1) for bit in range(BITS)]
-    row = np.repeat(bars, width // BITS).astype(np.uint8)
-    return np.broadcast_to(row[None, :, None], (height, width, 3)).copy()
-
-
-def numbers(frames: torch.Tensor) -> list[int]:
-    """The numbers in (T, 3, H, W) pictures."""
-    columns = frames.float().mean(dim=(1, 2)).reshape(len(frames), BITS, -1).mean(dim=2)
-    return [sum(int(column > 127) << bit for bit, column in enumerate(row)) for row in columns.tolist()]
-
-
-def numbered_video(path: Path, count: int = 50, fps: int = 25, **kwargs) -> Path:
-    return write_video(path, (numbered(i) for i in range(count)), fps, **kwargs)
-
-
-def read(processor, path, **options) -> tuple[list[int], object]:
-    """The numbers of the frames that the processor takes from a file, and its plan."""
-    plan = processor.plan_video(path, **options)
-    return numbers(FileClip(path, False).read(plan, lambda frames, plan: frames)), plan
-
-
-def message(*parts, text: str = "What happens?") -> list[dict]:
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def apply(processor, messages, **kwargs):
-    return processor.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt", **kwargs
-    )
 
 
 def prompt(processor, messages) -> str:
@@ -492,248 +441,6 @@ def test_videos_and_placeholders_must_match(processor):
         processor(text="Hi", audio=np.zeros(10))
 
 
-# Reading files
-
-CONTAINERS = {
-    "h264.mp4": {},
-    "closed.mp4": {"options": {"g": "5", "bf": "2"}},
-    "open.mp4": {"options": {"g": "8", "x264-params": "open-gop=1:bframes=3:scenecut=0"}},
-    "mpeg4.mp4": {"codec": "mpeg4"},
-    "h264.mkv": {},
-    "vp9.webm": {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8", "g": "10"}},
-    "h264.ts": {"options": {"g": "10"}},
-    "h264.avi": {"codec": "libx264"},  # no presentation times
-    "mpeg4.avi": {"codec": "mpeg4"},
-    "raw.h264": {},  # no times and no frame count
-}
-
-
-def skip_without(codec: str | None) -> None:
-    if (codec or "libx264") not in av.codecs_available:
-        pytest.skip(f"this PyAV has no {codec} encoder")
-
-
-@pytest.mark.parametrize("name", CONTAINERS)
-def test_the_planned_frames_are_read(processor, tmp_path, name):
-    skip_without(CONTAINERS[name].get("codec"))
-    path = numbered_video(tmp_path / name, **CONTAINERS[name])
-    for options in ({"fps": 2}, {"fps": 10}, {"num_frames": 50}, {"num_frames": 2}):
-        seen, plan = read(processor, path, **options)
-        assert seen == list(plan.frame_indices)
-        assert len(seen) == options.get("num_frames", 2 * options.get("fps", 0))
-        assert plan.fps == pytest.approx(len(seen) / 50 * 25)
-
-
-def test_groups_without_planned_frames_are_not_decoded(processor, tmp_path, monkeypatch):
-    path = numbered_video(tmp_path / "a.mp4", count=200, options={"g": "10", "sc_threshold": "0"})
-    clip = FileClip(path, False)
-    decoded = []
-    monkeypatch.setattr(np, "rot90", lambda picture, turns: decoded.append(picture.shape) or picture)
-    plan = processor.plan_video(path, num_frames=2)
-    assert numbers(clip.read(plan, lambda frames, plan: frames)) == [0, 199]
-    assert len(decoded) == 2
-    from files_videonsa import _needed_gops
-
-    assert sum(_needed_gops(clip.gops, {clip.keys[0], clip.keys[199]})) == 2 < len(clip.gops) == 20
-
-
-def test_open_groups_need_the_group_before(tmp_path):
-    path = numbered_video(tmp_path / "a.mp4", **CONTAINERS["open.mp4"])
-    clip = FileClip(path, every_frame=False)
-    leading = [clip.keys.index(key) for gop in clip.gops for key in gop if key < gop[0]]
-    assert len(leading) >= 6
-    for index in leading:
-        assert numbers(clip.decode([index], (56, 224), lambda frame: frame)) == [index]
-
-
-def test_variable_frame_rate_is_sampled_by_time(processor, tmp_path):
-    # Ten frames in the first second, then one frame a second for nine: half the frames show the first tenth.
-    times = [*range(0, 1000, 100), *range(1000, 10000, 1000)]
-    path = numbered_video(tmp_path / "a.mkv", count=19, fps=1000, times=times, options={"bf": "0"})
-    seen, plan = read(processor, path, fps=1)
-    # Eight frames over nine seconds: the pictures on screen at 0, 1.29, 2.57, 3.86, 5.14, 6.43, 7.71 and 9 seconds.
-    assert seen == list(plan.frame_indices) == [0, 10, 11, 12, 14, 15, 16, 18]
-    assert plan.fps == pytest.approx(8 / 9, rel=1e-3)
-    inputs = apply(processor, message({"type": "video", "video": path}), fps=1)
-    assert inputs["second_per_grid_ts"].item() == pytest.approx(2 / plan.fps)
-
-
-def test_a_video_that_starts_late(processor, tmp_path):
-    path = numbered_video(tmp_path / "a.mkv", count=20, fps=10, times=range(50, 70))
-    seen, plan = read(processor, path, fps=5)
-    assert seen == list(plan.frame_indices) and len(seen) == 10 and plan.fps == pytest.approx(5.0)
-
-
-def test_a_recording_that_begins_inside_a_group_of_pictures(processor, tmp_path):
-    path = numbered_video(tmp_path / "whole.ts", options={"g": "10", "sc_threshold": "0"})
-    content = path.read_bytes()
-    packets = len(content) // 188
-    (tmp_path / "joined.ts").write_bytes(content[188 * (packets // 3) :])
-    seen, _ = read(processor, tmp_path / "joined.ts", fps=25)
-    assert seen == [*range(20, 50)]
-
-
-def test_frames_cut_away_by_an_edit_list_are_not_shown(processor, tmp_path):
-    whole = numbered_video(tmp_path / "whole.mp4", options={"bf": "2"})
-    with av.open(str(whole)) as source, av.open(str(tmp_path / "cut.mp4"), "w") as target:
-        stream = source.streams.video[0]
-        copy = target.add_stream_from_template(stream)
-        shift = round(10 / 25 / stream.time_base)
-        for packet in source.demux(stream):
-            if packet.dts is not None:
-                packet.pts, packet.dts, packet.stream = packet.pts - shift, packet.dts - shift, copy
-                target.mux(packet)
-    seen, _ = read(processor, tmp_path / "cut.mp4", fps=25)
-    assert seen == [*range(10, 50)]
-
-
-@pytest.mark.parametrize("turns, matrix", [(1, (0, -1, 1, 0)), (2, (-1, 0, 0, -1)), (3, (0, 1, -1, 0))])
-def test_rotation_is_applied(processor, tmp_path, turns, matrix):
-    picture = np.zeros((56, 112, 3), np.uint8)
-    picture[:28, :28] = 255
-    path = write_video(tmp_path / "a.mp4", [picture] * 4, 2)
-    content = bytearray(path.read_bytes())
-    # The display matrix (a b u, c d v, x y w) of the track header, ISO/IEC 14496-12, 8.3.2.
-    start = content.index(b"tkhd") + 4 + 4 + 20 + 16
-    assert struct.unpack_from(">9i", content, start) == (65536, 0, 0, 0, 65536, 0, 0, 0, 1 << 30)
-    a, b, c, d = (value * 65536 for value in matrix)
-    struct.pack_into(">9i", content, start, a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    path.write_bytes(content)
-    plan = processor.plan_video(path)
-    expected = np.rot90(picture, turns)
-    assert (plan.height, plan.width) == expected.shape[:2]
-    frames = FileClip(path, False).read(plan, lambda frames, plan: frames)
-    assert np.abs(frames[0].permute(1, 2, 0).numpy().astype(int) - expected).max() < 60
-
-
-def test_memory_holds_the_planned_frames_only(tmp_path):
-    """Of 400 frames of 0.9 MB each, 20 are wanted, resized."""
-    pictures = (np.full((480, 640, 3), i % 256, np.uint8) for i in range(400))
-    path = write_video(tmp_path / "a.mp4", pictures, 30, codec="mpeg4")
-    code = f"""
-import sys
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "checkpoints")!r}]
-import resource
-from files_videonsa import FileClip
-from budget_videonsa import VideoOptions, plan_videos
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-before = peak()
-clip = FileClip({str(path)!r}, False)
-options = VideoOptions(num_frames=20, min_pixels_per_frame=3136, max_pixels_per_frame=50176)
-plan, = plan_videos([clip.source], [options], 10**6)
-frames = clip.read(plan, lambda frames, plan: frames[..., :plan.height, :plan.width])
-assert frames.shape == (20, 3, 168, 252), frames.shape
-print(peak() - before)
-"""
-    growth = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
-    assert growth < 120
-
-
-def test_image_files_are_one_frame_videos(processor, tmp_path):
-    Image.fromarray(numbered(5)).save(tmp_path / "a.png")
-    inputs = processor(text=VIDEO, videos=str(tmp_path / "a.png"), return_tensors="pt")
-    assert inputs["video_grid_thw"].tolist() == [[1, 4, 16]]
-
-
-# Videos that cannot be read
-
-
-def audio(path: Path) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        for i in range(8):
-            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-            frame.sample_rate, frame.pts, frame.time_base = 16000, 1024 * i, Fraction(1, 16000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
-
-
-def broken(tmp_path: Path, kind: str) -> Path | str:
-    path = tmp_path / f"{kind.replace(' ', '_')}.mp4"
-    if kind == "missing":
-        return path
-    if kind == "empty":
-        path.touch()
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "text":
-        path.write_text("This is not a video. " * 100)
-    elif kind == "url":
-        return "https://example.org/a.mp4"
-    elif kind == "audio only":
-        audio(path)
-    elif kind == "no frames":
-        with av.open(str(path), "w") as container:
-            stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
-            container.start_encoding()
-    elif kind == "index cut off":  # moov comes last
-        content = numbered_video(tmp_path / "whole.mp4").read_bytes()
-        path.write_bytes(content[: content.index(b"moov")])
-    elif kind == "frames cut off":  # moov comes first
-        with av.open(str(tmp_path / "first.mp4"), "w", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream("mpeg4", rate=25)
-            stream.width, stream.height, stream.pix_fmt = 128, 56, "yuv420p"
-            for i in range(50):
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered(i), format="rgb24")))
-            container.mux(stream.encode())
-        content = (tmp_path / "first.mp4").read_bytes()
-        assert content.index(b"moov") < content.index(b"mdat")
-        path.write_bytes(content[: len(content) * 7 // 10])
-    elif kind == "matroska cut off":
-        path = path.with_suffix(".mkv")
-        content = numbered_video(tmp_path / "whole.mkv", options={"g": "5"}).read_bytes()
-        path.write_bytes(content[: len(content) * 6 // 10])
-    elif kind == "avi cut off":
-        path = path.with_suffix(".avi")
-        content = numbered_video(tmp_path / "whole.avi", codec="mpeg4").read_bytes()
-        path.write_bytes(content[: len(content) * 6 // 10])
-    elif kind == "damaged":
-        content = bytearray(numbered_video(tmp_path / "whole.mp4", options={"g": "1"}).read_bytes())
-        start, end = content.index(b"mdat") + 1500, content.index(b"moov") - 1500
-        content[start:end] = bytes(end - start)
-        path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize(
-    "kind, match",
-    [
-        ("missing", "no such video file"),
-        ("empty", "empty"),
-        ("folder", "not a video file"),
-        ("text", "cannot be opened as a video"),
-        ("url", "not downloaded"),
-        ("audio only", "no video stream .*audio"),
-        ("no frames", "no frames|no video stream"),
-        ("index cut off", "no video stream|cannot be opened"),
-        ("frames cut off", r"cut short: only \d+ frames, \d\.\d\d s, can be read of the 2\.00 s"),
-        ("matroska cut off", r"cut short: only \d+ frames, \d\.\d\d s, can be read of the 2\.00 s"),
-        ("avi cut off", r"cut short: only \d+ frames"),
-        ("damaged", r"only \d+ of the 50 frames needed can be decoded"),
-    ],
-)
-def test_unreadable_videos_are_errors(processor, tmp_path, kind, match):
-    path = broken(tmp_path, kind)
-    with pytest.raises(ValueError, match=match) as caught:
-        apply(processor, message({"type": "video", "video": path}), fps=25)
-    assert Path(str(path)).name in str(caught.value)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_very_short_videos(processor, tmp_path, count):
-    path = numbered_video(tmp_path / "a.mp4", count=count)
-    inputs = apply(processor, message({"type": "video", "video": path}))
-    frames = 1 if count == 1 else min(count - count % 2, 4)
-    assert inputs["video_grid_thw"].tolist() == [[math.ceil(frames / 2), 4, 16]]
-    assert (inputs["input_ids"] == processor.video_token_id).sum() == math.ceil(frames / 2) * 16
-    assert inputs["second_per_grid_ts"].isfinite().all()
-    if count == 1:  # the frame is repeated: both halves of every patch are equal
-        patches = inputs["pixel_values_videos"].reshape(-1, 3, 2, 14, 14)
-        assert torch.equal(patches[:, :, 0], patches[:, :, 1])
-
-
 # Frames and arrays
 
 
@@ -792,12 +499,12 @@ def test_frames_are_taken_as_sampled_unless_told_otherwise(processor):
     [
         ([], "no frames"),
         (np.zeros((0, 56, 56, 3), np.uint8), "not empty"),
-        (np.zeros((4, 56, 56, 4), np.uint8), "cannot tell the channels"),
+        (np.zeros((4, 4, 56, 4), np.uint8), "cannot tell the channels"),
         (np.zeros((4, 3, 56, 3), np.uint8), "cannot tell the channels"),
-        (np.zeros((56, 56)), "not empty, got shape"),
+        (np.zeros((56, 56)), "3 to 5 dimensions as an array, got shape"),
         ([Image.new("RGB", (56, 56)), Image.new("RGB", (28, 28))], "one size"),
-        (["a.png", "b.png"], "frame a.png cannot be read"),
-        (17, "got int"),
+        (["a.png", "b.png"], "image a.png cannot be read"),
+        (17, "holds a int"),
     ],
     ids=["none", "empty", "four channels", "three rows", "two axes", "two sizes", "missing files", "number"],
 )
@@ -1004,7 +711,7 @@ def test_plain_qwen_processor_reads_the_root(root_with_tokenizer):
     [
         ({"type": "video_url", "video_url": {"url": "clip.mp4"}}, "`type` .* got 'video_url'"),
         ({"type": "vidoe", "vidoe": "clip.mp4"}, "`type` .* got 'vidoe'"),
-        ({"type": "video", "vidoe": "clip.mp4"}, "must be given as `video`, `url` or `path`, got type, vidoe"),
+        ({"type": "video", "vidoe": "clip.mp4"}, "must be given as `video`, `url`, `path`, got type, vidoe"),
     ],
     ids=["video_url", "vidoe", "no video"],
 )

@@ -81,7 +81,7 @@ def test_the_demos_video_is_the_one_that_its_questions_are_about(tmp_path):
 
 def run_demo(*arguments):
     command = [sys.executable, str(ROOT / "demo" / "run_demo.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
 
 
 def test_demo():
@@ -139,7 +139,7 @@ print(processor.batch_decode(output, skip_special_tokens=True)[0])
 def ask(folder, video, question):
     """The answer of a checkpoint in a process of its own, by the code in its folder."""
     command = [sys.executable, "-I", "-c", ASK, str(folder), str(video), question]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -183,7 +183,7 @@ def test_it_learns_a_question_from_a_folder_of_videos(tmp_path, lora):
     command += ["--train_data", str(tmp_path / "my.jsonl"), "--video_folder", str(tmp_path / "videos"), "--fps", "2"]
     command += ["--output_dir", str(output), "--eval_share", "0", "--eval_strategy", "no", "--max_steps", "60"]
     command += ["--per_device_train_batch_size", "4", "--save_steps", "100"]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=900)
 
     answers = []
     processor = AutoProcessor.from_pretrained(output, trust_remote_code=True)

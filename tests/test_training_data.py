@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_config, build_model, build_released
+from datasets import Dataset
 from training_data import as_messages, make_checkpoint, write_records, write_videos
 
 from processing_videonsa import VideoNSAProcessor
@@ -87,6 +88,18 @@ def test_records_of_both_formats(entry, content, source):
     paths = {name: str(source[0] / "videos" / name) for name in ("00000.mp4", "00001.mp4")}
     expected = [part | ({"video": paths[part["video"]]} if part["type"] == "video" else {}) for part in content]
     assert record.messages == [{"role": "user", "content": expected}, {"role": "assistant", "content": "A"}]
+
+
+def test_records_of_a_table(source):
+    """`datasets` gives every row every key of every other row; those that are None are absent."""
+    rows = [
+        {"messages": messages([VIDEO, text("What?")], [text("A")]), "video": None, "conversations": None},
+        {"video": "00001.mp4", "conversations": turns("What?", "A")},
+    ]
+    table = Dataset.from_list(rows)
+    assert table[0]["conversations"] is None and table[0]["messages"][0]["content"][1]["video"] is None
+    for row, given in zip(table, rows, strict=True):
+        assert parse_record(row, source[0] / "videos") == parse_record(given, source[0] / "videos")
 
 
 GOOD = turns("Q", "A")
@@ -265,7 +278,7 @@ def test_undecodable_samples_are_replaced_and_reported(build, source, processor,
     (folder / "videos" / "copy-0.mp4").unlink()
     half = len(content) // 2
     (folder / "videos" / "copy-1.mp4").write_bytes(content[: half - 1000] + bytes(2000) + content[half + 1000 :])
-    for index, error in ((5, "there is no such video file"), (6, "can be decoded; the file is damaged")):
+    for index, error in ((5, "there is no such video file"), (6, "frames needed cannot be decoded")):
         sample = dataset[index]
         assert error in sample["failures"][index]
         assert sample["index"] not in (5, 6)

@@ -8,7 +8,8 @@
 
 The first is the format of https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K; the second is that of
 `processor.apply_chat_template`. Either may be an element of a JSON list (`.json`) or a line of a JSONL file (`.jsonl`),
-and either may name its video at the top, which then comes before the first question.
+and either may name its video at the top, which then comes before the first question. Keys whose value is null are
+absent, as for the processor: tables of records (Parquet, Arrow) have every key in every row.
 """
 
 import json
@@ -17,6 +18,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from messages_videonsa import without_none
 
 # Why a record cannot be trained on.
 BAD_REASONS = {
@@ -120,6 +123,7 @@ def parse_record(entry: Any, video_folder: str | Path, control_tokens: Collectio
     """
     if isinstance(entry, BadRecordError):
         raise entry
+    entry = without_none(entry)
     if not isinstance(entry, dict) or ("messages" in entry) == ("conversations" in entry):
         raise BadRecordError("malformed", "a record needs either `messages` or `conversations`")
     videos = entry.get("video") or []
