@@ -255,7 +255,6 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     def forward(self, input_ids=None, attention_mask=None, vision_routing: VisionRouting | None = None, **kwargs):
         tokens = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if self.config.nsa_variant == "released" and self.config.nsa_mode == "sparse" and tokens is not None:
-            _refuse_export()
             vision_routing = self._route_as_released(tokens, attention_mask, kwargs)
         if vision_routing is not None:
             # The routing says what each row sees. A mapping stops the parent from building an S x S mask.
@@ -266,10 +265,12 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
     def _route_as_released(self, tokens, attention_mask, kwargs) -> ReleasedRouting | torch.Tensor | None:
         if not _released.may_hold_vision(tokens, kwargs):
             return None
-        plan = None
         if torch.compiler.is_compiling():
             plan = _layer.released_plan(tokens, attention_mask, kwargs, self.config)
-        return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config) if plan is None else plan
+            if plan is not None:
+                return plan
+        _routing.refuse_export()
+        return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
 
 
 _position_operator = _operators.define(
@@ -334,7 +335,11 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
                 input_ids, inputs_embeds, mm_token_type_ids, past_key_values, kwargs
             )
             mm_token_type_ids = types
-            if types is not None and is_released:
+            grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
+            is_new_text = input_ids is not None and not past and all(x is None for x in (position_ids, *grids))
+            if types is not None and is_released and is_new_text and torch.compiler.is_compiling():
+                input_ids = _released.text_ids_operator(input_ids, types)
+            elif types is not None and is_released:
                 _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
             elif types is not None:
                 routing = self._route(types, attention_mask, position_ids, past, kwargs)
@@ -423,14 +428,14 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         return torch.cat([token_types, new_types.to(token_types)], dim=1)
 
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
-        _refuse_export()
-        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
-            return None
         if torch.compiler.is_compiling():
             configs = self.config, self.config.text_config
             plan = _layer.plan(token_types, attention_mask, position_ids, past, kwargs, *configs)
             if plan is not None:
                 return plan
+        _routing.refuse_export()
+        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
+            return None
         attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
         starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
         routing = VisionRouting.build(token_types, attention_mask, past, starts)
@@ -694,17 +699,6 @@ class VideoNSAForConditionalGeneration(
 
     def _card_arguments(self, repo_id):
         return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}
-
-
-def _refuse_export() -> None:
-    """Raise where a graph is being exported: which rows are vision rows is read off values, which it has not."""
-    if torch.compiler.is_exporting():
-        raise ValueError(
-            "nsa_mode='sparse' cannot be exported with the token types in the graph. Export "
-            "model.model.language_model with the `vision_routing` that it is called with, as transformers.exporters "
-            "does (nsa_variant='paper'); or a graph for text, without pixels and `mm_token_type_ids`; or set "
-            "model.config.nsa_mode = 'dense'"
-        )
 
 
 def _is_empty(cache) -> bool:

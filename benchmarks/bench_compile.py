@@ -113,10 +113,12 @@ def main() -> None:
         return
     import torch
     import transformers
+    from bench_cpu import cpu_model
 
     report = {
         "date": datetime.date.today().isoformat(),
         "command": "python benchmarks/bench_compile.py" + (f" --output {arguments.output}" if arguments.output else ""),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": 1,
         "torch": torch.__version__,

@@ -197,14 +197,20 @@ def check_token_types(token_types: Tensor, past: int, attention_mask, position_i
     has_positions = position_ids is not None or any(grid is not None for grid in grids)
     if not past and has_positions and routing.is_2d(attention_mask) and not config.output_attentions:
         return  # without a look at the tokens
+    routing.refuse_export()
     if token_types[:, past:].any():
         _check_nothing_cached(past)
         routing.check_sparse_call(routing.first_columns(attention_mask, past), None, past, kwargs, config)
         if not has_positions:
-            raise ValueError(
-                "`image_grid_thw` or `video_grid_thw` is missing: nsa_variant='released' tells vision tokens by their "
-                "positions, which it computes from these"
-            )
+            _check_all_text(token_types)
+
+
+def _check_all_text(token_types: Tensor) -> None:
+    if token_types.any():
+        raise ValueError(
+            "`image_grid_thw` or `video_grid_thw` is missing: nsa_variant='released' tells vision tokens by their "
+            "positions, which it computes from these"
+        )
 
 
 def _check_nothing_cached(past: int) -> None:
@@ -572,4 +578,19 @@ _indices_operator = operators.define(
         *args[:3], block_size=args[3], block_counts=args[4], softmax_scale=args[5]
     ).contiguous(),
     lambda q, k, *args: q.new_empty(q.shape[0], NUM_KV_HEADS, 1 << (args[2] - 1).bit_length(), dtype=torch.int32),
+)
+
+
+def _text_ids(input_ids: Tensor, token_types: Tensor) -> Tensor:
+    _check_all_text(token_types)
+    return input_ids.clone()
+
+
+# (input_ids, token_types) -> input_ids: `check_token_types` of a new prompt without positions, in compiled code. It
+# hands the ids on, as a compiler drops what nobody uses.
+text_ids_operator = operators.define(
+    "text_ids",
+    "(Tensor input_ids, Tensor token_types) -> Tensor",
+    _text_ids,
+    lambda input_ids, _: torch.empty_like(input_ids),
 )

@@ -240,6 +240,16 @@ def check_sparse_call(attention_mask, position_ids, past: int, kwargs: dict, *co
         )
 
 
+def refuse_export() -> None:
+    """Raise where a graph is being exported: what these calls do depends on values, which it has not."""
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "nsa_mode='sparse' cannot be exported with an `attention_mask` that is not 2D, with `cu_seq_lens_q`, with "
+            "`output_attentions`, or, with nsa_variant='released', on a cache. Export without them, or set "
+            "model.config.nsa_mode = 'dense'"
+        )
+
+
 def wants_weights(kwargs: dict, *configs) -> bool:
     """Whether a call asks for attention weights."""
     return bool(kwargs.get("output_attentions", any(config.output_attentions for config in configs)))

@@ -313,7 +313,6 @@ def assert_same_results(model, compiled, inputs: dict, tolerance: float) -> None
 BUILDS = {
     "paper": build_model,
     "eager attention": partial(build_model, attn_implementation="eager", text=ONE_LAYER),
-    "reference": partial(build_model, nsa_backend="reference", text=ONE_LAYER),
     "released": build_released,
 }
 
@@ -396,6 +395,17 @@ def test_whole_model_has_no_more_graphs_than_stock(layouts, prompts):
     torch.testing.assert_close(logits, model(**inputs).logits, rtol=0, atol=1e-11)
     assert counts[1] <= counts[0]
     assert "plan" in [name for graph in graphs for name in our_nodes(graph)], "the prompt was not seen"
+
+
+def test_text_prompts_of_the_released_variant_are_one_graph(prompts):
+    """A look at the tokens would break it; that there are no vision tokens without a grid is checked all the same."""
+    model = build_released()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        text = prompts.one([30])
+        torch.testing.assert_close(compiled(**text).logits, model(**text).logits, rtol=0, atol=1e-11)
+        with pytest.raises(ValueError, match="`video_grid_thw` is missing"):
+            compiled(**text | {"mm_token_type_ids": 2 * text["attention_mask"]})
 
 
 @pytest.mark.parametrize("build", [build_model, build_released], ids=["paper", "released"])

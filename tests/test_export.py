@@ -86,7 +86,7 @@ def test_text_alone(float_model, prompts):
 
 
 @pytest.mark.parametrize("build", [build_model, build_released])
-def test_token_types_in_the_graph_are_refused(prompts, build):
+def test_token_types_in_the_graph(prompts, build):
     model = build(torch.float32)
     single = prompts.one(LAYOUT)
     inputs = {
@@ -95,8 +95,22 @@ def test_token_types_in_the_graph_are_refused(prompts, build):
         "position_ids": model.model.get_rope_index(**single)[0],
         "use_cache": False,
     }
-    with pytest.raises(ValueError, match="nsa_mode='sparse' cannot be exported with the token types in the graph"):
+    for mode in ("sparse", "dense"):
+        model.config.nsa_mode = mode
+        exported = torch.export.export(model, (), inputs, strict=False).module()
+        torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("build", [build_model, build_released])
+def test_what_only_a_look_at_the_values_decides_is_refused(prompts, build):
+    model = build(torch.float32)
+    single = prompts.one(LAYOUT)
+    inputs = {
+        "inputs_embeds": model.get_input_embeddings()(single["input_ids"]).detach(),
+        "mm_token_type_ids": single["mm_token_type_ids"],
+        "position_ids": model.model.get_rope_index(**single)[0],
+        "attention_mask": torch.ones(1, 1, *2 * single["input_ids"].shape[1:]).bool().tril(),
+        "use_cache": False,
+    }
+    with pytest.raises(ValueError, match="nsa_mode='sparse' cannot be exported with an `attention_mask`"):
         torch.export.export(model, (), inputs, strict=False)
-    model.config.nsa_mode = "dense"
-    exported = torch.export.export(model, (), inputs, strict=False).module()
-    torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits)
