@@ -158,9 +158,9 @@ class FileClip:
         for number in held.keys() & reading.good:
             frames[held[number]] = frames[places[number][0]].clone()
         places = {number: held[number] for number in held.keys() - reading.good}
-        again = self._decode_carefully(places.keys(), take)
+        missing = places.keys() - self._decode_wanted(places.keys(), take).good if places else ()
         finish()
-        if places.keys() - again.good:
+        if missing:
             raise ValueError(f"{self.name}: does not read twice alike; is it being written?")
         return frames
 
@@ -206,7 +206,7 @@ class FileClip:
         suspects.update(self.listing.group_of(number) for number in (wanted - seen) | self.listing.corrupt)
         doubtful = {n for n in wanted if self._depends_on(n) & suspects}
         if not doubtful:
-            return _Reading(good=set(seen))
+            return _Reading(good=seen)
         careful = self._decode_carefully(doubtful, take)
         if doubtful - careful.good - careful.damaged:
             # Missed without an error: the marked key frame may need what comes before it.
@@ -217,8 +217,6 @@ class FileClip:
         self, wanted: Set[int], take: Callable[[int, Any], None], from_the_beginning: bool = False
     ) -> "_Reading":
         """As `_decode_wanted`, one frame at a time, without short cuts, and with an eye on errors."""
-        if not wanted:
-            return _Reading()
         listing = self.listing
         groups = {group for number in wanted for group in self._depends_on(number)}
         groups |= {max(group - 1, 0) for group in groups}
