@@ -2,8 +2,8 @@
 
 `model.read(processor, "film.mp4", fps=1)` goes through the video bit by bit: a thread decodes frames and cuts patches
 while the model encodes those before and runs its decoder layers over them. Nothing grows with the video but the
-key-value cache. `reading.ask("...")` answers from that cache, again and again; `extend` adds footage to it, `save` keeps
-it (`reading_files_videonsa.py`).
+key-value cache. `reading.ask("...")` answers from that cache, again and again; `extend` adds footage to it, and `save`
+keeps it (`reading_files_videonsa.py`).
 
 The cache holds the prompt up to its last vision token. What ends the video and asks the question is fed by `ask`, and
 taken back after the answer; so footage that arrives later continues the video where it ended. Answers are those of
@@ -11,15 +11,11 @@ taken back after the answer; so footage that arrives later continues the video w
 however a prompt is cut into chunks.
 """
 
-import importlib
-import itertools
 import os
-import queue
-import re
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,63 +27,42 @@ from transformers.utils import logging
 try:
     from .cache_videonsa import RoomyCache, restore_, state_of
     from .configuration_videonsa import NSA_FIELDS
-    from .memory_videonsa import MemoryEstimate, estimate_memory
-    from .positions_videonsa import mrope_position_ids
+    from .prompt_videonsa import (
+        Ahead,
+        OpenVideo,
+        Piece,
+        Prompt,
+        ReadingPlan,
+        check_length,
+        kind_of,
+        split,
+        stream_pieces,
+        up_to_media,
+    )
     from .reading_files_videonsa import load_reading, media_fingerprint, save_reading
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import RoomyCache, restore_, state_of
     from configuration_videonsa import NSA_FIELDS
-    from memory_videonsa import MemoryEstimate, estimate_memory
-    from positions_videonsa import mrope_position_ids
+    from prompt_videonsa import (
+        Ahead,
+        OpenVideo,
+        Piece,
+        Prompt,
+        ReadingPlan,
+        check_length,
+        kind_of,
+        split,
+        stream_pieces,
+        up_to_media,
+    )
     from reading_files_videonsa import load_reading, media_fingerprint, save_reading
 
 logger = logging.get_logger(__name__)
 
 CHUNK_TOKENS = 1024
 _SPARE_TOKENS = 1024  # room in the cache for a question and its answer
-_MEDIA = ("image", "image_url", "video")
-
-
-@dataclass(frozen=True)
-class ReadingPlan:
-    """What reading a prompt means, known before anything is decoded.
-
-    Attributes:
-        videos: frames, resolution and tokens of each video (`VideoPlan`).
-        images: their number.
-        seconds: of video, all videos together.
-        tokens: of the prompt up to its last image or video; those of text between and before them are among them.
-        vision_tokens: of images and videos.
-        attention_pairs: (query, key) pairs per head and layer that reading computes, a compressed block as one key.
-        attention_share: the same as a share of dense causal attention's.
-        chunk_tokens: tokens that go through the model at a time.
-        kept_tokens: tokens that the cache keeps when all is read, mean over the layers.
-        memory: bytes of weights, of the cache, and of what is worked on (`MemoryEstimate`).
-    """
-
-    videos: tuple[Any, ...]
-    images: int
-    seconds: float
-    tokens: int
-    vision_tokens: int
-    attention_pairs: int
-    attention_share: float
-    chunk_tokens: int
-    kept_tokens: int
-    memory: MemoryEstimate
-
-    def __str__(self) -> str:
-        lines = [str(video) for video in self.videos]
-        if self.images:
-            lines.append(f"{self.images} image{'s' if self.images > 1 else ''}")
-        lines.append(
-            f"{self.tokens:,} tokens, {self.vision_tokens:,} of them of images and video, in chunks of "
-            f"{self.chunk_tokens:,}; attention {self.attention_share:.1%} of dense"
-        )
-        lines.append(f"{self.kept_tokens:,} tokens kept in the cache; {self.memory}")
-        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -146,7 +121,7 @@ class ReadingMixin:
             cache: an empty cache of transformers' to use, such as a `QuantizedCache`.
             progress: show a progress bar where it takes longer than two seconds.
             callback: called after each chunk with a `ReadingProgress`. To stop, it raises an error.
-            options: of the processor: `fps`, `num_frames`, `max_frames`, `max_pixels_per_frame`, `max_total_tokens`, ...
+            options: of the processor: `fps`, `num_frames`, `max_frames`, `max_pixels_per_frame`, and so on.
         Returns:
             the `Reading`.
         Raises:
@@ -156,7 +131,7 @@ class ReadingMixin:
         Whatever stops it on the way (an error in a file, Ctrl-C, the callback), the exception has what was read until
         then as its attribute `reading`, if that is anything.
         """
-        prompt = _Prompt(self, processor, messages_or_video, chunk_tokens, options)
+        prompt = Prompt(self, processor, messages_or_video, chunk_tokens, options)
         if cache is None:
             cache = RoomyCache(self.config.text_config.num_hidden_layers, prompt.length + _SPARE_TOKENS)
         elif cache.get_seq_length() or cache.is_compileable:
@@ -168,8 +143,8 @@ class ReadingMixin:
     def plan_reading(
         self, processor, messages_or_video: Any, *, chunk_tokens: int = CHUNK_TOKENS, **options
     ) -> ReadingPlan:
-        """What `read` with these arguments would do; lists the packets of video files, and decodes one frame of each."""
-        return _Prompt(self, processor, messages_or_video, chunk_tokens, options).plan()
+        """What `read` with these arguments would do. Of video files, packets are listed and one frame is decoded."""
+        return Prompt(self, processor, messages_or_video, chunk_tokens, options).plan()
 
     def load_reading(self, folder: str | os.PathLike, processor=None, messages_or_video: Any = None) -> "Reading":
         """What `Reading.save` wrote, to be asked on.
@@ -184,291 +159,9 @@ class ReadingMixin:
         return load_reading(Reading, self, folder, processor, messages_or_video)
 
 
-def _attention_budget(model, types: torch.Tensor) -> tuple[int, int]:
-    """(pairs, pairs of dense causal attention)"""
-    module = "nsa_kernels.attention_budget"
-    module = importlib.import_module(f".{module}" if __package__ else module, __package__)
-    sizes = {name: getattr(model.config, name) for name in ("block_size", "block_counts", "window_size")}
-    budget = module.attention_budget(types, **sizes)
-    if model.config.nsa_mode == "dense":
-        return budget.dense, budget.dense
-    return budget.compression + budget.selection + budget.window + budget.text, budget.dense
-
-
 def attention_settings(model) -> dict[str, Any]:
     """What of a model's configuration decides the numbers in a cache."""
     return {name: getattr(model.config, name) for name in sorted(NSA_FIELDS) if name != "nsa_backend"}
-
-
-def as_messages(messages_or_video: Any) -> list[dict[str, Any]]:
-    """One conversation: the one given, or a user's message of the video given."""
-    given = messages_or_video
-    if isinstance(given, (list, tuple)) and len(given) == 1 and isinstance(given[0], (list, tuple)):
-        if given[0] and isinstance(given[0][0], Mapping):
-            given = given[0]  # a batch of one
-    if isinstance(given, Mapping) and "role" in given:
-        given = [given]
-    if isinstance(given, (list, tuple)) and given and all(isinstance(one, Mapping) for one in given):
-        return [dict(message) for message in given]
-    if isinstance(given, (list, tuple)) and given and isinstance(given[0], (list, tuple)) and given[0]:
-        if isinstance(given[0][0], Mapping):
-            raise ValueError(f"`messages_or_video` holds {len(given)} conversations; a reading is of one")
-    return [{"role": "user", "content": [{"type": "video", "video": given}]}]
-
-
-def _kind(part: Any) -> str | None:
-    """Whether a part of a message is an image or a video."""
-    if not isinstance(part, Mapping):
-        return None
-    kind = part.get("type") or next((name for name in _MEDIA if part.get(name) is not None), None)
-    return {"image_url": "image"}.get(kind, kind) if kind in _MEDIA else None
-
-
-def _split(messages: Sequence[Mapping], media: int | None = None) -> tuple[list[dict], list[dict]]:
-    """A conversation up to its last image or video, or so many of them, and all of it, without the media themselves."""
-    bare, end, seen = [], None, 0
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, (list, tuple)):
-            parts = []
-            for part in content:
-                kind = _kind(part)
-                parts.append(part if kind is None else {"type": kind})
-                seen += kind is not None
-                if kind is not None and seen <= (media or seen):
-                    end = len(bare), len(parts)
-            message = {**message, "content": parts}
-        bare.append(dict(message))
-    if end is None:
-        raise ValueError("`messages_or_video` has neither image nor video to read")
-    number, parts = end
-    return [*bare[:number], {**bare[number], "content": bare[number]["content"][:parts]}], bare
-
-
-class _Prompt:
-    """A prompt that is opened and not read: its tokens up to the last vision token, and where its pixels come from."""
-
-    def __init__(self, model, processor, messages_or_video: Any, chunk_tokens: int, options: Mapping[str, Any]):
-        if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
-            raise ValueError(f"`chunk_tokens` must be a positive integer, got {chunk_tokens!r}")
-        if model.config.nsa_variant == "released" and model.config.nsa_mode == "sparse":
-            raise ValueError(
-                "`read` goes bit by bit, and with nsa_variant='released' images and videos need their whole prompt in "
-                "one call, since its compression looks ahead: use `generate`"
-            )
-        self.model, self.processor, self.chunk_tokens = model, processor, chunk_tokens
-        messages = as_messages(messages_or_video)
-        self.base, self.whole = _split(messages)
-        self.media = [
-            part
-            for message in messages
-            if isinstance(message.get("content"), (list, tuple))
-            for part in message["content"]
-            if _kind(part)
-        ]
-        inputs = processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-            return_metadata=True,
-            stream_videos=True,
-            **options,
-        )
-        self.text = up_to_media(processor, processor.apply_chat_template(self.whole, tokenize=False))
-        self.length = int(inputs["mm_token_type_ids"][0].nonzero()[-1]) + 1
-        self.ids, self.types = (inputs[name][0, : self.length] for name in ("input_ids", "mm_token_type_ids"))
-        self.image_grid, self.video_grid = (inputs.get(f"{kind}_grid_thw") for kind in ("image", "video"))
-        self.pixel_values = inputs.get("pixel_values")
-        self.seconds = torch.as_tensor(inputs.get("second_per_grid_ts", [])).tolist()
-        self.streams = inputs.get("video_streams", [])
-        vision = model.config.vision_config
-        self.merge = vision.spatial_merge_size
-        positions, _ = mrope_position_ids(
-            self.types[None],
-            self.image_grid,
-            self.video_grid,
-            self.seconds if self.streams else None,
-            spatial_merge_size=self.merge,
-            tokens_per_second=vision.tokens_per_second,
-        )
-        self.positions = positions  # [3, 1, length]
-        check_length(model, int(positions.max()) + 1)
-
-    @property
-    def num_frames(self) -> int:
-        return sum(len(stream.plan.frame_indices) for stream in self.streams)
-
-    def plan(self) -> ReadingPlan:
-        pairs, dense = _attention_budget(self.model, self.types)
-        return ReadingPlan(
-            videos=tuple(stream.plan for stream in self.streams),
-            images=0 if self.image_grid is None else len(self.image_grid),
-            seconds=sum(stream.plan.num_frames / stream.plan.fps for stream in self.streams),
-            tokens=self.length,
-            vision_tokens=int((self.types != 0).sum()),
-            attention_pairs=pairs,
-            attention_share=pairs / dense,
-            chunk_tokens=self.chunk_tokens,
-            kept_tokens=self.length,
-            memory=estimate_memory(self.model, self.length, chunk_tokens=self.chunk_tokens),
-        )
-
-    def spans(self) -> "list[_Span]":
-        """Images and videos in the order of their tokens."""
-        spans: list[_Span] = []
-        grids = {1: iter(self.image_grid.tolist() if self.image_grid is not None else ())}
-        grids[2] = iter(self.video_grid.tolist() if self.video_grid is not None else ())
-        starts = [0, *((self.types.diff() != 0).nonzero().squeeze(-1) + 1).tolist(), self.length]
-        for start, stop in itertools.pairwise(starts):
-            kind = int(self.types[start])
-            while kind and start < stop:
-                grid = next(grids[kind])
-                span = _Span(kind, start, grid, self.merge)
-                spans.append(span)
-                start += span.tokens
-        return spans
-
-    def pieces(self) -> "Iterator[_Piece]":
-        """Patches of all images and videos in the order of their tokens."""
-        streams, patch = iter(self.streams), 0
-        for span in self.spans():
-            if span.kind == 1:
-                count = span.tokens * self.merge**2
-                yield _Piece(self.pixel_values[patch : patch + count], torch.tensor([span.grid]), 0, None)
-                patch += count
-            else:
-                yield from stream_pieces(next(streams), span.grid[1:], self.chunk_tokens * self.merge**2)
-
-
-@dataclass(frozen=True)
-class _Span:
-    """The tokens of an image (kind 1) or a video (2), from `start` on; grid: in patches."""
-
-    kind: int
-    start: int
-    grid: list[int]
-    merge: int
-
-    @property
-    def step_tokens(self) -> int:
-        return self.grid[1] * self.grid[2] // self.merge**2
-
-    @property
-    def tokens(self) -> int:
-        return self.grid[0] * self.step_tokens
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Some temporal steps of a video, or an image.
-
-    Attributes:
-        patches: (patches, pixels), float32.
-        grid: (1, 3), in patches.
-        num_frames: of a video.
-        tail: (3, H, W) uint8, where the number of frames is odd: the last, which fills its step alone.
-    """
-
-    patches: torch.Tensor
-    grid: torch.Tensor
-    num_frames: int
-    tail: torch.Tensor | None
-
-
-def stream_pieces(stream, size: Sequence[int], patches: int, before: torch.Tensor | None = None) -> Iterator[_Piece]:
-    """A video in pieces of about so many patches.
-
-    Args:
-        stream: a `VideoStream`.
-        size: height and width of its frames in patches.
-        before: (3, H, W), a frame before the first of the stream.
-    """
-    step = stream.temporal_patch_size
-    batch = step * max(1, patches // (size[0] * size[1]))
-    parts = stream.frames(batch)
-    if before is not None:
-        parts = _rebatched(itertools.chain([before[None]], parts), batch)
-    for frames in parts:
-        rows = stream.cut(frames)
-        steps = len(rows) // (size[0] * size[1])
-        tail = frames[-1].clone() if len(frames) % step else None
-        yield _Piece(rows, torch.tensor([[steps, *size]]), len(frames), tail)
-
-
-def _rebatched(parts: Iterable[torch.Tensor], batch: int) -> Iterator[torch.Tensor]:
-    waiting = None
-    for part in parts:
-        waiting = part if waiting is None else torch.cat([waiting, part])
-        while len(waiting) >= batch:
-            yield waiting[:batch]
-            waiting = waiting[batch:]
-    if waiting is not None and len(waiting):
-        yield waiting
-
-
-class _Ahead:
-    """An iterator that a thread goes through, one item ahead of whoever takes them."""
-
-    _END = object()
-
-    def __init__(self, iterator: Iterator):
-        self._items: queue.Queue = queue.Queue(maxsize=1)
-        self._is_closed = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(iterator,), name="videonsa-decode", daemon=True)
-        self._thread.start()
-
-    def _run(self, iterator: Iterator) -> None:
-        error = self._END
-        try:
-            with closing(iterator):
-                for item in iterator:
-                    if not self._put(item):
-                        return
-                    del item
-        except BaseException as caught:  # whatever it is, it belongs to the thread that waits
-            error = caught
-        self._put(error)
-
-    def _put(self, item: Any) -> bool:
-        while not self._is_closed.is_set():
-            try:
-                self._items.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator:
-        while True:
-            item = self._items.get()
-            if item is self._END:
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread, and wait until it has let go of its files."""
-        self._is_closed.set()
-        self._thread.join()
-
-
-def check_length(model, positions: int) -> None:
-    limit = model.config.text_config.max_position_embeddings
-    if positions > limit:
-        raise ValueError(
-            f"the prompt reaches position {positions:,}, and the model has positions up to {limit:,} "
-            "(`max_position_embeddings`): read fewer seconds, or ask less"
-        )
-
-
-def up_to_media(processor, text: str, media: int | None = None) -> str:
-    """A rendered prompt up to its last placeholder, or up to so many of them; all of it where it has none."""
-    pattern = "|".join(map(re.escape, (processor.image_token, processor.video_token)))
-    ends = [match.end() for match in re.finditer(pattern, text)]
-    return text[: ends[(media or len(ends)) - 1]] if ends else text
 
 
 # One answer or reading at a time on a model, which keeps the positions of the prompt it works on.
@@ -487,23 +180,26 @@ class Reading:
         plan: `ReadingPlan`.
         cache: the key-value cache.
         ids, types: (tokens,), the tokens that were read and said, and 0 for text, 1 for image, 2 for video tokens.
+        cache_types: types of the entries of the cache, of which a budget may have left fewer.
+        media: what was read, a description and a digest of each image and video.
         seconds: of the last video that were read.
     """
 
-    def __init__(self, model, processor, plan: ReadingPlan, prompt: "_Prompt | None", cache):
+    def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache):
         self.model, self.processor, self.plan, self.cache = model, processor, plan, cache
         self.settings, self._weights = attention_settings(model), _versions(model)
         self.ids = torch.empty(0, dtype=torch.long)
         self.types = torch.empty(0, dtype=torch.long)
-        self._cache_types = self.types  # of the entries of the cache, of which there may be fewer
+        self.cache_types = self.types
         self.next_position = 0
-        self.video: _OpenVideo | None = None
+        self.video: OpenVideo | None = None
         if prompt is not None:
             self.text, self.base, self.whole = prompt.text, prompt.base, prompt.whole
             self.media = [media_fingerprint(part) for part in prompt.media]
         self._said: list[dict] | None = None  # the conversation that `ask(keep=True)` went on with
         self._pending: list[int] = []  # its last tokens, if they are not in the cache
         self._before_turns: tuple | None = None
+        self._state: tuple | None = None  # of a cache that cannot be cut, before the first question that was kept
         self._is_busy = self._is_broken = False
 
     @property
@@ -586,12 +282,26 @@ class Reading:
     def forget(self) -> None:
         """Go back to before the first question that was kept."""
         with self._exclusive():
-            if self._before_turns is not None:
-                state, self.text, length, self.next_position = self._before_turns
-                restore_(self.cache, state)
-                self.ids, self.types = self.ids[:length], self.types[:length]
-                self._cache_types = self._cache_types[: self.cache.get_seq_length()]
-                self._said, self._pending, self._before_turns = None, [], None
+            if self._said is None:
+                return
+            length, self.text, self.next_position = self._before_turns
+            added = self.num_tokens - length
+            if self._state is not None:
+                restore_(self.cache, self._state)
+            else:
+                _crop_(self.cache, [layer.get_seq_length() - added for layer in self.cache.layers])
+            self.ids, self.types = self.ids[:length], self.types[:length]
+            self.cache_types = self.cache_types[: len(self.cache_types) - added]
+            self._said, self._pending, self._before_turns, self._state = None, [], None, None
+
+    def conversation_state(self) -> dict[str, Any]:
+        """What of the conversation is kept on disk."""
+        names = ("text", "base", "whole", "_said", "_pending", "_before_turns")
+        return {name: getattr(self, name) for name in names}
+
+    def set_conversation_state(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def extend(
         self,
@@ -716,8 +426,8 @@ class Reading:
         if not isinstance(question, (list, tuple)) or not question:
             raise ValueError(f"`question` must be a text, parts of a message, or a conversation, got {question!r}")
         if all(isinstance(part, Mapping) and "role" in part for part in question):
-            return _split(question)[1]
-        if any(_kind(part) for part in question):
+            return split(question)[1]
+        if any(kind_of(part) for part in question):
             raise ValueError("`question` shows an image or a video: `extend` takes footage, `read` anything")
         if self._said is not None:
             return [*self._said, {"role": "user", "content": list(question)}]
@@ -742,9 +452,10 @@ class Reading:
 
     def _keep(self, messages, text, rest, new, answer, state) -> None:
         """Go on from an answer."""
-        if self._before_turns is None:
-            self._before_turns = state, self.text, len(self.ids), self.next_position
-        said = [*rest, *new][: self.cache.get_seq_length() - len(self._cache_types)]
+        if self._said is None:
+            self._before_turns = len(self.ids), self.text, self.next_position
+            self._state = None if isinstance(self.cache, RoomyCache) else state
+        said = [*rest, *new][: self.cache.get_seq_length() - len(self.cache_types)]
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         self._pending = [token for token in [*rest, *new][len(said) :] if token not in ends]
@@ -755,9 +466,9 @@ class Reading:
 
     def _append(self, ids: torch.Tensor, types: torch.Tensor) -> None:
         self.ids, self.types = torch.cat([self.ids, ids]), torch.cat([self.types, types])
-        self._cache_types = torch.cat([self._cache_types, types])
+        self.cache_types = torch.cat([self.cache_types, types])
 
-    def _read(self, prompt: _Prompt, progress: bool, callback) -> None:
+    def _read(self, prompt: Prompt, progress: bool, callback) -> None:
         report = _Reporter(prompt.num_frames, prompt.length, progress, callback)
         with self._exclusive():
             try:
@@ -771,7 +482,7 @@ class Reading:
                 raise
             self._open_last(prompt)
 
-    def _keep_whole_media(self, prompt: _Prompt) -> bool:
+    def _keep_whole_media(self, prompt: Prompt) -> bool:
         """After an interruption, drop images and steps of a video that were read in part; whether anything is left."""
         whole, end = [], 0
         for span in prompt.spans():
@@ -784,12 +495,12 @@ class Reading:
             return False
         self._cut(end)
         self.text = up_to_media(self.processor, self.text, len(whole))
-        self.base, _ = _split(self.whole, len(whole))
+        self.base, _ = split(self.whole, len(whole))
         self.whole = self.base
         self._open_last(prompt)
         return True
 
-    def _open_last(self, prompt: _Prompt) -> None:
+    def _open_last(self, prompt: Prompt) -> None:
         """Remember the last video that was read, so that it can be extended."""
         videos = [span for span in prompt.spans() if span.kind == 2 and span.start < self.num_tokens]
         if self.types[-1] != 2 or (self.num_tokens - videos[-1].start) % videos[-1].step_tokens:
@@ -797,7 +508,7 @@ class Reading:
         span, number = videos[-1], len(videos) - 1
         plan = prompt.streams[number].plan
         steps = (self.num_tokens - span.start) // span.step_tokens
-        self.video = _OpenVideo(
+        self.video = OpenVideo(
             start=int(prompt.positions[0, 0, span.start]),
             size=tuple(span.grid[1:]),
             height=plan.height,
@@ -808,7 +519,7 @@ class Reading:
             tail=self._tail if steps == span.grid[0] else None,
         )
 
-    def _prefill(self, ids, types, positions, pieces: Iterator[_Piece], chunk_tokens: int, report: "_Reporter") -> None:
+    def _prefill(self, ids, types, positions, pieces: Iterator[Piece], chunk_tokens: int, report: "_Reporter") -> None:
         """Run the model over new tokens. After an error, what came before the chunk that failed is there.
 
         Args:
@@ -817,7 +528,7 @@ class Reading:
         """
         device = self.model.get_input_embeddings().weight.device
         self._tail = None
-        ahead = _Ahead(pieces)
+        ahead = Ahead(pieces)
         with closing(ahead), closing(report), torch.no_grad():
             arriving, features = iter(ahead), None
             for start in range(0, len(ids), chunk_tokens):
@@ -838,7 +549,7 @@ class Reading:
                 self.next_position = max(self.next_position, int(positions[:, :, part].max()) + 1)
                 report(frames, len(types[part]))
 
-    def _encode(self, piece: _Piece) -> torch.Tensor:
+    def _encode(self, piece: Piece) -> torch.Tensor:
         """(tokens, hidden_size)"""
         tower = self.model.model.visual
         device = next(tower.parameters()).device
@@ -853,88 +564,36 @@ class Reading:
             self.model.model(
                 inputs_embeds=embeds,
                 position_ids=positions.to(embeds.device),
-                mm_token_type_ids=torch.cat([self._cache_types, types])[None].to(embeds.device),
+                mm_token_type_ids=torch.cat([self.cache_types, types])[None].to(embeds.device),
                 past_key_values=self.cache,
                 use_cache=True,
             )
         except BaseException:
-            self._is_broken = state is None and not _crop_(self.cache, length)
+            self._is_broken = state is None and not _crop_(self.cache, [length] * len(self.cache.layers))
             if state is not None:
                 restore_(self.cache, state)
             raise
 
     def _cut(self, length: int) -> None:
         """Forget the tokens from `length` on, where the cache has them as they came."""
-        if length < self.num_tokens == len(self._cache_types):
-            if not _crop_(self.cache, length):
-                raise ValueError(f"{type(self.cache).__name__} cannot be cut to {length} of its {self.num_tokens} tokens")
+        if length < self.num_tokens == len(self.cache_types):
+            if not _crop_(self.cache, [length] * len(self.cache.layers)):
+                raise ValueError(
+                    f"{type(self.cache).__name__} cannot be cut to {length} of its {self.num_tokens} tokens"
+                )
             self.ids, self.types = self.ids[:length], self.types[:length]
-            self._cache_types = self._cache_types[:length]
+            self.cache_types = self.cache_types[:length]
 
 
-@dataclass
-class _OpenVideo:
-    """The video that a reading ends with.
-
-    Attributes:
-        start: temporal position of its first step.
-        size: height and width of its frames in patches; height, width: in pixels.
-        steps: that were read; seconds_per_step: between them.
-        fps: frames per second.
-        tail: (3, H, W) uint8, the last frame, where it fills its step alone.
-    """
-
-    start: int
-    size: tuple[int, int]
-    height: int
-    width: int
-    steps: int
-    seconds_per_step: float
-    fps: float
-    tail: torch.Tensor | None
-
-    def step_tokens(self, merge: int) -> int:
-        return self.size[0] * self.size[1] // merge**2
-
-    def positions(self, model, first: int, last: int) -> torch.Tensor:
-        """M-RoPE positions of its steps `first` to `last` - 1, (3, 1, tokens)."""
-        vision = model.config.vision_config
-        tokens = self.step_tokens(vision.spatial_merge_size)
-        positions, _ = mrope_position_ids(
-            torch.full((1, last * tokens), 2),
-            video_grid_thw=torch.tensor([[last, *self.size]]),
-            second_per_grid_ts=[self.seconds_per_step],
-            spatial_merge_size=vision.spatial_merge_size,
-            tokens_per_second=vision.tokens_per_second,
-        )
-        return positions[:, :, first * tokens :] + self.start
-
-    def stream(self, processor, video: Any):
-        """A `VideoStream` of footage in the size and at the rate of this video."""
-        pixels = self.height * self.width
-        size = {"resized_height": self.height, "resized_width": self.width}
-        content = [{"type": "video", "video": video, "fps": self.fps, **size}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            stream_videos=True,
-            min_pixels_per_frame=pixels,
-            max_pixels_per_frame=pixels,
-            max_total_tokens=1 << 40,
-        )
-        return inputs["video_streams"][0]
-
-
-def _crop_(cache, length: int) -> bool:
-    """Cut every layer of a cache to a length; whether that could be done."""
-    added = [layer.get_seq_length() - length for layer in cache.layers]
+def _crop_(cache, lengths: Sequence[int]) -> bool:
+    """Cut the layers of a cache to their lengths; whether that could be done."""
+    added = [layer.get_seq_length() - length for layer, length in zip(cache.layers, lengths, strict=True)]
     if any(number > 0 and not hasattr(layer, "crop") for number, layer in zip(added, cache.layers, strict=True)):
         return False
     for number, layer in zip(added, cache.layers, strict=True):
         if number > 0:
             layer.crop(-number)
-    return all(layer.get_seq_length() <= length for layer in cache.layers)
+    return all(layer.get_seq_length() <= length for layer, length in zip(cache.layers, lengths, strict=True))
 
 
 def _versions(model) -> tuple:
