@@ -85,15 +85,13 @@ class VideoGenerationMixin:
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         """Override: (4, batch, length), text and M-RoPE positions of the whole prompt, also on a kept cache."""
-        past = (
-            0 if model_kwargs.get("past_key_values") is None else int(model_kwargs["past_key_values"].get_seq_length())
-        )
+        cache = model_kwargs.get(CACHE_NAME)
+        past = 0 if cache is None else int(cache.get_seq_length())
         is_ids = not inputs_tensor.is_floating_point()
         check_media(model_kwargs, self.model._placeholders, inputs_tensor[:, past:] if is_ids else None)
         names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts", "attention_mask")
         image_grid, video_grid, seconds, mask = (model_kwargs.get(name) for name in names)
         if image_grid is None and video_grid is None:
-            cache = model_kwargs.get(CACHE_NAME)
             self.model.rope_deltas = getattr(cache, "mrope_deltas", self.model.rope_deltas)
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
         types = model_kwargs.get("mm_token_type_ids")
