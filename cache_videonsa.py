@@ -66,7 +66,9 @@ class RoomyLayer(DynamicLayer):
 
     def _grow(self, name: str, states: torch.Tensor, length: int) -> None:
         room = max(self.capacity, length if not self.length else int(_GROWTH * length))
-        buffer = states.new_empty(*states.shape[:-2], room, states.shape[-1])
+        with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
+            shape = *states.shape[:-2], room, states.shape[-1]
+            buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
         if self.length:
             buffer[..., : self.length, :] = self._filled(name)
         self._buffers = self._buffers | {name: buffer}

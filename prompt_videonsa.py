@@ -305,6 +305,8 @@ class Ahead:
 
     def _run(self, iterator: Iterator) -> None:
         error = self._END
+        # In this thread alone. Two pools of threads would take the cores away from one another, waiting in loops.
+        torch.set_num_threads(1)
         try:
             with closing(iterator):
                 for item in iterator:

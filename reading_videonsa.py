@@ -27,6 +27,7 @@ from transformers.utils import logging
 try:
     from .cache_videonsa import RoomyCache, restore_, state_of
     from .configuration_videonsa import NSA_FIELDS
+    from .generation_videonsa import CACHE_NAME
     from .prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -45,6 +46,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         raise
     from cache_videonsa import RoomyCache, restore_, state_of
     from configuration_videonsa import NSA_FIELDS
+    from generation_videonsa import CACHE_NAME
     from prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -441,7 +443,7 @@ class Reading:
         delta = self.next_position - length
         self.cache.mrope_deltas = torch.tensor([[delta]], device=device)
         ids = torch.cat([self._ids_in_cache(length), torch.tensor(rest, dtype=torch.long)])[None].to(device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), CACHE_NAME: self.cache}
 
     def _ids_in_cache(self, length: int) -> torch.Tensor:
         """Token ids for the entries of the cache, which only repetition penalties look at."""
@@ -565,8 +567,8 @@ class Reading:
                 inputs_embeds=embeds,
                 position_ids=positions.to(embeds.device),
                 mm_token_type_ids=torch.cat([self.cache_types, types])[None].to(embeds.device),
-                past_key_values=self.cache,
                 use_cache=True,
+                **{CACHE_NAME: self.cache},
             )
         except BaseException:
             self._is_broken = state is None and not _crop_(self.cache, [length] * len(self.cache.layers))
