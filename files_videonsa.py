@@ -105,6 +105,9 @@ class FileClip:
 
         return self._read(plan.frame_indices, (plan.height, plan.width), None, lambda frames: resize(frames, plan))
 
+    def stream(self, plan, resize, batch):
+        yield from self.read(plan, resize).split(batch)
+
     def read_unresized(self, indices: Sequence[int]) -> torch.Tensor:
         """The frames with these numbers in the size in which the first is shown, (T, 3, H, W) uint8."""
         size = self.source.height, self.source.width

@@ -235,6 +235,9 @@ class FrameClip:
             frames = frames[list(plan.frame_indices)]
         return resize(frames, plan)
 
+    def stream(self, plan, resize, batch):
+        yield from self.read(plan, resize).split(batch)
+
 
 def _complete(metadata: VideoMetadata, count: int, rate: float) -> VideoMetadata:
     """Metadata of `count` frames with every field that `sampled_fps` needs."""
