@@ -236,9 +236,9 @@ class PyramidKV(SnapKV):
 class InfiniPotV(KvMethod):
     """All text, and of vision what is new and what stands out (arXiv 2506.15745), compressed while the video is read.
 
-    Whenever more than C vision entries are cached (`kv_budget` less the text) and the last frame is complete, each head
-    keeps C of them. "Recent" are the newest frames, one at least, that hold at most a quarter of the cached vision
-    entries, and at most C / 2. In the paper's order:
+    Whenever more than C vision entries are cached (`kv_budget` less the text), each head keeps C of them. (A frame that
+    has been read in part is left alone until all of it is there.) "Recent" are the newest frames, one at least, that
+    hold at most a quarter of the cached vision entries, and at most C / 2. In the paper's order:
 
     1. *Temporal redundancy* (equation 4), of the entry at place p of frame t, over the r recent frames t':
        -1/r * sum over t' of cos(k[t, p], k[t', p]). The recent frames and the highest of the others are kept, C / 2
@@ -264,7 +264,7 @@ class InfiniPotV(KvMethod):
     def __init__(self, kv_budget: int | float, num_layers: int):
         super().__init__(kv_budget, num_layers)
         self.frames: list[tuple[int, int]] = []
-        self.num_read = 0  # vision tokens up to the last compression
+        self.num_read = 0  # vision tokens that were compressed
         self.kept: Tensor | None = None  # (num_layers, num_kv_heads, C): which of all the vision tokens read
 
     def _least(self, num_text, frames):
@@ -288,12 +288,12 @@ class InfiniPotV(KvMethod):
         size = self.entries - len(text)
         assert size >= self._least(0, self.frames), "`expect` was told less text than is cached"
         num_kept = 0 if self.kept is None else self.kept.shape[-1]
-        num_read = self.num_read + len(vision) - num_kept
-        frames = FrameTable(self.frames, num_read)
-        if len(vision) <= size or not frames.is_complete:
+        frames = FrameTable(self.frames, self.num_read + len(vision) - num_kept)
+        vision, part = vision[: len(vision) - frames.rest], vision[len(vision) - frames.rest :]
+        if len(vision) <= size:
             return types
         first_recent = frames.first_of_newest(min(self.recent_share * len(vision), self.temporal_share * size))
-        new = torch.arange(self.num_read, num_read, dtype=torch.int32)
+        new = torch.arange(self.num_read, self.num_read + len(vision) - num_kept, dtype=torch.int32)
         all_kept = []
         for number, layer in enumerate(layers):
             num_heads = layer.keys.shape[1]
@@ -303,10 +303,10 @@ class InfiniPotV(KvMethod):
             kernel = self.pooling[len(self.pooling) * number // self.num_layers]
             chosen = self._choose(keys, values, tokens, frames, first_recent, kernel, size)  # [num_kv_heads, C]
             all_kept.append(tokens.gather(1, chosen).cpu())
-            places = vision.to(chosen)[chosen]
-            keep_entries(layer, torch.cat([text.to(places).expand(num_heads, -1), places], dim=1))
-        self.kept, self.num_read = torch.stack(all_kept), num_read
-        return torch.cat([types.new_zeros(1, len(text)), types.new_full((1, size), 2)], dim=1)
+            parts = text.expand(num_heads, -1), vision[chosen.cpu()], part.expand(num_heads, -1)
+            keep_entries(layer, torch.cat(parts, dim=1))
+        self.kept, self.num_read = torch.stack(all_kept), self.num_read + len(new)
+        return torch.cat([types.new_zeros(1, len(text)), types.new_full((1, size + len(part)), 2)], dim=1)
 
     def _choose(self, keys, values, tokens, frames: "FrameTable", first_recent: int, kernel: int, size: int):
         """(num_kv_heads, size), ascending."""
@@ -327,7 +327,7 @@ class FrameTable:
         self.sizes = [height * width for height, width in frames]
         self.ends = torch.tensor(self.sizes).cumsum(0, dtype=torch.int32)
         self.num_frames = int((self.ends <= num_read).sum())  # complete ones
-        self.is_complete = sum(self.sizes[: self.num_frames]) == num_read
+        self.rest = num_read - sum(self.sizes[: self.num_frames])  # tokens of one that is not complete
 
     def first_of_newest(self, most: float) -> int:
         """The first of the newest frames that have at most so many tokens together; of the newest, if it has more."""
@@ -424,10 +424,9 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 def keep_entries(layer, index: Tensor) -> None:
     """Replace a layer's keys and values by those at `index`, (num_kv_heads, kept)."""
-    index = index[None, :, :, None].to(layer.keys.device)
-    for name in ("keys", "values"):
-        states = getattr(layer, name)
-        setattr(layer, name, states.gather(2, index.expand(-1, -1, -1, states.shape[-1])))
+    index = index[None, :, :, None].to(layer.keys.device).expand(-1, -1, -1, layer.keys.shape[-1])
+    # Both are made before either is set: a layer's length may go by its keys.
+    layer.keys, layer.values = layer.keys.gather(2, index), layer.values.gather(2, index)
 
 
 def mask_of_layer(attention_mask: Tensor | None, num_keys: int) -> Tensor | None:

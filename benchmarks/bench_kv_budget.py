@@ -2,7 +2,7 @@
 
     python benchmarks/bench_kv_budget.py checkpoints/tiny --output benchmarks/results/DATE_kv_budget.json
 
-Every video is drawn afresh, encoded with h264 and read by the processor once for each method and share; then it is
+Every video is drawn afresh, encoded with h264 and read once for each method and share, up to its last token; then it is
 asked one question of every kind over what is left of the cache. An answer is right where the most likely next token is
 the right word. Methods are told nothing of the questions, but for the rows "after the question": there it is read with
 the video, as in the papers of SnapKV and PyramidKV, and its last token asks.
@@ -33,8 +33,9 @@ import transformers  # noqa: E402
 from bench_cpu import cpu_model  # noqa: E402
 from evaluate_tiny import load  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
 
+from cache_videonsa import RoomyCache, restored_after  # noqa: E402
+from generation_videonsa import CACHE_NAME  # noqa: E402
 from kv_budget_videonsa import KV_METHODS, KvMethod, kv_method, mask_of_layer  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from synthetic.drawing import write_scene  # noqa: E402
@@ -51,42 +52,39 @@ AFTER_QUESTION = ", after the question"
 class Reading:
     """What is left of a prompt: the cache, types of its entries or `None`, and the position that comes next."""
 
-    cache: DynamicCache
+    cache: RoomyCache
     types: torch.Tensor | None
     position: int
 
 
 @torch.inference_mode()
 def read(model, inputs: dict, method: KvMethod, chunk: int = CHUNK) -> Reading:
-    """Read a prompt with videos, `chunk` tokens at a time, and keep what the method chooses.
+    """Read a prompt with one video, `chunk` tokens at a time, and keep what the method chooses.
 
-    Args:
-        inputs: the processor's, of one prompt.
-        chunk: the last frame in a chunk must be whole for InfiniPot-V to compress after it.
     Raises:
         ValueError: the method's budget is too small for this prompt.
     """
-    model_inputs = model.model
+    decoder = model.model
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["video_grid_thw"]
-    merge = model_inputs.visual.spatial_merge_size
+    merge = decoder.visual.spatial_merge_size
     frames = [(height // merge, width // merge) for steps, height, width in grid.tolist() for _ in range(steps)]
     method.expect(ids.shape[1], int((types == 0).sum()), frames)
     seconds = inputs.get("second_per_grid_ts")
-    positions, _ = model_inputs.get_rope_index(ids, types, video_grid_thw=grid, second_per_grid_ts=seconds)
-    features = torch.cat(model_inputs.get_video_features(inputs["pixel_values_videos"], grid).pooler_output)
-    embeds = model_inputs.get_input_embeddings()(ids)
+    positions, _ = decoder.get_rope_index(ids, types, video_grid_thw=grid, second_per_grid_ts=seconds)
+    features = torch.cat(decoder.get_video_features(inputs["pixel_values_videos"], grid).pooler_output)
+    embeds = decoder.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((types != 0)[..., None], features.to(embeds))
-    cache, cached = DynamicCache(), types[:, :0]
-    first = int((types[0] != 0).nonzero()[0])  # so that chunks of a multiple of a frame hold whole frames
-    starts = [0, *range(first, ids.shape[1], chunk)] if first else list(range(0, ids.shape[1], chunk))
+    cache = RoomyCache(model.config.text_config.num_hidden_layers)
+    cached = types[:, :0]
     with method.observer(model) as queries:
-        for start, stop in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
-            cached = torch.cat([cached, types[:, start:stop]], dim=1)
-            model_inputs(
-                inputs_embeds=embeds[:, start:stop],
-                position_ids=positions[..., start:stop],
+        for start in range(0, ids.shape[1], chunk):
+            part = slice(start, start + chunk)
+            cached = torch.cat([cached, types[:, part]], dim=1)
+            decoder(
+                inputs_embeds=embeds[:, part],
+                position_ids=positions[..., part],
                 mm_token_type_ids=cached,
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             )
             cached = method.during(cache.layers, cached)
     kept = method.finish(cache.layers, cached, queries)
@@ -96,14 +94,13 @@ def read(model, inputs: dict, method: KvMethod, chunk: int = CHUNK) -> Reading:
 @torch.inference_mode()
 def ask(model, reading: Reading, ids: torch.Tensor) -> torch.Tensor:
     """Logits (length, vocab_size) of the tokens `ids` (1, length) after a reading, which stays as it is."""
-    cache = DynamicCache([(layer.keys, layer.values) for layer in reading.cache.layers])
     positions = (reading.position + torch.arange(ids.shape[1])).expand(3, 1, -1)
-    with masks_of_layers(model, cache):
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache).logits[0]
+    with restored_after(reading.cache), masks_of_layers(model, reading.cache):
+        return model(input_ids=ids, position_ids=positions, **{CACHE_NAME: reading.cache}).logits[0]
 
 
 @contextmanager
-def masks_of_layers(model, cache: DynamicCache) -> Iterator[None]:
+def masks_of_layers(model, cache: RoomyCache) -> Iterator[None]:
     """Inside, every layer sees its part of the mask, where layers of the cache differ in length."""
 
     def cut(attention, args, kwargs):
@@ -120,7 +117,7 @@ class HeldOutVideo:
     """A freshly drawn video and one question of every kind.
 
     Attributes:
-        prefix: the processor's inputs up to the end of the video.
+        prefix: the processor's inputs up to the last token of the video.
         questions: of each kind, the tokens after that, (1, length), and the token of the right answer.
     """
 
@@ -134,10 +131,10 @@ class HeldOutVideo:
             text = processor.apply_chat_template(messages, add_generation_prompt=True)
             ids = processor.tokenizer(text)["input_ids"]
             (answer,) = processor.tokenizer(question.answer)["input_ids"]
-            self.questions[question.kind] = torch.tensor([ids[ids.index(end) + 1 :]]), answer
+            self.questions[question.kind] = torch.tensor([ids[ids.index(end) :]]), answer
         options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         self.prefix = dict(processor.apply_chat_template([{"role": "user", "content": [video]}], **options))
-        length = self.prefix["input_ids"][0].tolist().index(end) + 1
+        length = self.prefix["input_ids"][0].tolist().index(end)
         for name in ("input_ids", "mm_token_type_ids"):
             self.prefix[name] = self.prefix[name][:, :length]
 

@@ -8,8 +8,11 @@ import torch
 from bench_kv_budget import ask, read
 from conftest import ROOT, Prompts, build_model
 from evaluate_tiny import load
+from transformers import DynamicCache
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb, repeat_kv
 
+from cache_videonsa import RoomyLayer
+from generation_videonsa import CACHE_NAME
 from kv_budget_videonsa import (
     KV_METHODS,
     InfiniPotV,
@@ -147,6 +150,20 @@ def test_equal_scores_keep_the_earlier_entry():
     assert_kept(layers[0], before[0], 2 * [[*range(10), *range(35, 40)]])
 
 
+def test_layers_that_write_in_place():
+    before = random_layers(2, 2, 30)
+    layers = [RoomyLayer(40), RoomyLayer(40)]
+    for layer, old in zip(layers, before, strict=True):
+        layer.update(old.keys, old.values)
+    method = SnapKV(12, 2, window=5)
+    method.expect(30)
+    queries = random_queries(2, 4, 5)
+    method.finish(layers, types_of(4, 26), queries)
+    for layer, old, query in zip(layers, before, queries, strict=True):
+        assert layer.get_seq_length() == 12
+        assert_kept(layer, old, spec_snapkv(query, old.keys, 12, 5))
+
+
 # StreamingLLM
 
 
@@ -190,10 +207,13 @@ class SpecInfiniPotV:
     def compress(self) -> None:
         text, vision = [e for e in self.cache if e[0]], [e for e in self.cache if not e[0]]
         size = self.budget - len(text)
-        is_whole = self.num_read == len(self.places) or self.places[self.num_read][1:] == (0, 0)
-        if len(vision) <= size or not is_whole:
+        part = []  # of a frame that has not been read to its end
+        if self.num_read < len(self.places) and self.places[self.num_read][1:] != (0, 0):
+            part = [e for e in vision if e[2] == self.places[self.num_read][0]]
+            vision = vision[: len(vision) - len(part)]
+        if len(vision) <= size:
             return
-        newest = self.places[self.num_read - 1][0]
+        newest = vision[-1][2]
         recent, tokens = [newest], math.prod(self.frames[newest])
         for number in range(newest - 1, -1, -1):
             tokens += math.prod(self.frames[number])
@@ -222,13 +242,14 @@ class SpecInfiniPotV:
         rest = sorted((token for token in norms if token not in kept), key=lambda token: (-norms[token], token))
         kept = {*kept, *rest[: size - len(kept)]}
         assert len(kept) == size
-        self.cache = text + [e for e in vision if e[1] in kept]
+        self.cache = text + [e for e in vision if e[1] in kept] + part
 
 
 VIDEO = [(2, 3)] * 12
 CUTS = {
     "frames of a video": (VIDEO, [("text", 3), *[("vision", 12)] * 6, ("text", 2)]),
     "parts of frames": (VIDEO, [("text", 3), *[("vision", 8)] * 9]),
+    "never a whole frame": (VIDEO, [("text", 3), ("vision", 7), *[("vision", 6)] * 10, ("vision", 5)]),
     "all at once": ([(1, 2)] * 40, [("text", 3), ("vision", 80)]),
     "one by one": ([(3, 4)] * 8, [("text", 2), *[("vision", 12)] * 8]),
     "two videos and images": (
@@ -274,6 +295,8 @@ def test_infinipot_v(cut, spare, num_kv_heads):
                 assert [not entry[0] for entry in spec.cache] == (types[0] != 0).tolist()
         start += count
         compressed += types.shape[1] < start
+        if kind == "vision":  # memory is bounded: by the budget, and by a frame that was read in part
+            assert types.shape[1] < budget + max(height * width for height, width in frames)
     assert compressed and types.shape[1] == min(budget, total)
     assert (types[0] != 0).tolist() == [False] * num_text + [True] * (budget - num_text)
 
@@ -370,8 +393,8 @@ def tiny():
 
 
 def video_prompt(model, dtype=torch.float32, seed: int = 0) -> tuple[dict, torch.Tensor]:
-    """13 text tokens, a video of 40 frames of 4 tokens, one token of text; and a question."""
-    inputs = Prompts(model.config, dtype).one([13, ("video", 40, 4, 4), 1], seed=seed)
+    """14 text tokens, a video of 40 frames of 4 tokens; and a question."""
+    inputs = Prompts(model.config, dtype).one([14, ("video", 40, 4, 4)], seed=seed)
     return inputs, torch.randint(0, 250, (1, 9), generator=torch.Generator().manual_seed(seed + 1))
 
 
@@ -495,7 +518,7 @@ def test_new_vision_on_a_compressed_cache_is_sparse_attention_over_the_kept_entr
             inputs_embeds=torch.randn(1, 13, config.hidden_size, generator=generator, dtype=torch.float64),
             position_ids=(reading.position + torch.arange(13)).expand(3, 1, -1),
             mm_token_type_ids=types,
-            past_key_values=reading.cache,
+            **{CACHE_NAME: reading.cache},
         )
     lengths = utils.SequenceLengths.from_lengths([10], [int(is_vision.sum())])
     for (attention, _, kwargs, (output, _)), (keys, values) in zip(calls, kept, strict=True):
@@ -540,13 +563,12 @@ def test_the_last_queries_are_those_of_one_call(tiny, chunk):
     heads = [x.unflatten(-1, (4, -1)).transpose(1, 2) for x in expected]
     expected = [apply_rotary_pos_emb(x, x, *rotation)[0] for x in heads]
     for window in (5, 64):
-        cache = None
+        cache = DynamicCache()
         with last_queries(tiny, window) as queries, torch.no_grad():
             for part in ids.split(chunk, dim=1):
                 if chunk == 3:
-                    _interrupt(tiny, part)
-                output = tiny(input_ids=part, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                    _interrupt(tiny, part)  # its first three layers ran
+                tiny(input_ids=part, **{CACHE_NAME: cache})
         # float32 in another order of summation: a few units in the last place of numbers of this size.
         for query, of_layer in zip(queries, expected, strict=True):
             torch.testing.assert_close(query, of_layer[:, :, -window:], atol=1e-4, rtol=1e-4)
