@@ -179,7 +179,10 @@ def load_reading(reading_class: type, model, folder: str | os.PathLike, processo
 def _load(reading_class, model, folder: Path, content: dict, processor, messages_or_video: Any):
     layers = model.model.language_model.layers
     name, budget, is_kept = content["method"]
-    method = kv_method(name, budget, len(layers)) if name else KvMethod(1.0, len(layers))
+    try:
+        method = kv_method(name, budget, len(layers)) if name else KvMethod(1.0, len(layers))
+    except ValueError as error:
+        raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: {error}") from error
     reading = reading_class(model, processor, ReadingPlan.from_dict(content["plan"]), None, None, method)
     for name, value in content["settings"].items():
         if reading.settings.get(name) != value:

@@ -605,6 +605,9 @@ class Reading:
             kept = self.method.finish(layers, self.cache_types[None], queries)
             self.is_kept = kept is None
             self.cache_types = torch.zeros(self.cache.get_seq_length()).long() if kept is None else kept[0]
+            if len(self.cache_types) < self.num_tokens:
+                for layer in layers:
+                    layer.reserve(layer.get_seq_length() + _SPARE_TOKENS)
             self.cache.layers_differ = len({layer.get_seq_length() for layer in layers}) > 1
 
     def _encode(self, piece: Piece) -> torch.Tensor:
