@@ -288,6 +288,10 @@ class OpenVideo:
         )
         return positions[:, :, first * tokens :] + self.start
 
+    def next_position(self, model, steps: int) -> int:
+        """Of text behind so many of its steps."""
+        return int(self.positions(model, 0, steps).max()) + 1 if steps else self.start
+
     def stream(self, processor, video: Any):
         """A `VideoStream` of footage in the size and at the rate of this video."""
         pixels = self.height * self.width

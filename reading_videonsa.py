@@ -382,7 +382,7 @@ class Reading:
             steps = -(-frames // stream.temporal_patch_size)
             first = open_video.steps - (before is not None)
             tokens = open_video.step_tokens(self.model.config.vision_config.spatial_merge_size)
-            check_length(self.model, int(open_video.positions(self.model, 0, first + steps).max()) + 1)
+            check_length(self.model, open_video.next_position(self.model, first + steps))
             merge = self.model.config.vision_config.spatial_merge_size
             added = [(open_video.size[0] // merge, open_video.size[1] // merge)] * steps
             frames_then = self.frames[: len(self.frames) - (before is not None)] + added
@@ -391,6 +391,7 @@ class Reading:
             self.frames = frames_then
             if before is not None:
                 self._cut(self.num_tokens - tokens)
+                self.next_position = open_video.next_position(self.model, first)
                 open_video.steps, open_video.tail = first, None
             ids = torch.full((steps * tokens,), self.model.config.video_token_id)
             positions = open_video.positions(self.model, first, first + steps)
@@ -403,6 +404,7 @@ class Reading:
                 whole = (self.num_tokens - start) // tokens
                 self._cut(start + whole * tokens)
                 open_video.steps = first + whole
+                self.next_position = open_video.next_position(self.model, first + whole)
                 self.frames = self.frames[: len(self.frames) - (steps - whole)]
                 if whole == steps:
                     open_video.tail = self._tail
@@ -547,6 +549,7 @@ class Reading:
         if not whole or self._is_broken:
             return False
         self._cut(end)
+        self.next_position = int(prompt.positions[:, :, : self.num_tokens].max()) + 1
         self.text = up_to_media(self.processor, self.text, len(whole))
         self.base, _ = split(self.whole, len(whole))
         self.whole = self.base
