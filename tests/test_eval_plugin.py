@@ -112,7 +112,7 @@ def test_a_budget_holds_for_every_prompt_with_media(checkpoint, videos, method):
         options = model.inference.video_options | budget
         reading = model.model.read(model.inference.own_processor, to_messages(messages), **options)
         assert len(reading.cache_types) < reading.num_tokens
-        assert reading.ask(max_new_tokens=16).text.startswith(result) and result
+        assert reading.ask(max_new_tokens=6).text == result
 
 
 def test_each_video_is_read_once(model, videos, monkeypatch):
