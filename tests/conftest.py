@@ -55,11 +55,11 @@ def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", text=No
     return model.to(dtype).eval()
 
 
-def build_released(dtype=torch.float64, **options):
+def build_released(dtype=torch.float64, text=None, **options):
     """`build_model` with `nsa_variant="released"`, which wants 28 heads."""
     shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}
     nsa = {"nsa_variant": "released", "block_size": 8, "block_counts": 2, "window_size": 5}
-    return build_model(dtype, text=shape, **(nsa | options))
+    return build_model(dtype, text=shape | (text or {}), **(nsa | options))
 
 
 class Prompts:
@@ -136,6 +136,12 @@ def assert_padding_between_tokens_changes_nothing(model, prompts, video) -> None
     with torch.no_grad():
         # The vision tower's features are scattered by token id, so the holes may be anywhere.
         torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+
+
+def our_nodes(graph: torch.fx.GraphModule) -> list[str]:
+    """The operators of `nsa_kernels` in a graph, in their order."""
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return [name.split(".")[1] for name in names if name.startswith("videonsa_")]
 
 
 def checkpoint_activations(model) -> None:
