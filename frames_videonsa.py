@@ -1,10 +1,10 @@
 """Videos as their callers give them: files (`files_videonsa.py`), lists of images, arrays.
 
 `open_clip` looks at a video without decoding it, so that `budget_videonsa` can choose what to read; `Clip.read` then
-returns the chosen frames, resized.
+returns the chosen frames, resized, and `Clip.stream` gives them out piece by piece.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,14 +15,14 @@ from transformers.video_utils import VideoMetadata
 
 try:
     from .budget_videonsa import VideoOptions, VideoPlan, VideoSource, check_positive
-    from .files_videonsa import FileClip, Resize, metadata_of
+    from .files_videonsa import FileClip, Resize, check_batch, metadata_of
     from .pictures_videonsa import WHITE, as_array, check_values, read_picture, to_rgb_frames
     from .sources_videonsa import is_image_reference, is_reference, resolve_source
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
     from budget_videonsa import VideoOptions, VideoPlan, VideoSource, check_positive
-    from files_videonsa import FileClip, Resize, metadata_of
+    from files_videonsa import FileClip, Resize, check_batch, metadata_of
     from pictures_videonsa import WHITE, as_array, check_values, read_picture, to_rgb_frames
     from sources_videonsa import is_image_reference, is_reference, resolve_source
 
@@ -52,7 +52,10 @@ class Clip(Protocol):
         """transformers' metadata of the planned frames; its `sampled_fps` is the plan's."""
 
     def read(self, plan: VideoPlan, resize: Resize) -> torch.Tensor:
-        """The planned frames, (T, 3, height, width)."""
+        """The planned frames, (T, 3, plan.height, plan.width)."""
+
+    def stream(self, plan: VideoPlan, resize: Resize, batch: int) -> Iterator[torch.Tensor]:
+        """The planned frames in their order, (n, 3, plan.height, plan.width), n == `batch` except for the last."""
 
 
 def open_clip(
@@ -230,10 +233,17 @@ class FrameClip:
         return metadata_of(self.source, plan, backend=None)
 
     def read(self, plan: VideoPlan, resize: Resize) -> torch.Tensor:
-        frames = self.frames
-        if plan.num_frames < len(frames):
-            frames = frames[list(plan.frame_indices)]
-        return resize(frames, plan)
+        return resize(self._planned(plan.frame_indices), plan)
+
+    def stream(self, plan: VideoPlan, resize: Resize, batch: int) -> Iterator[torch.Tensor]:
+        batch, indices = check_batch(batch), plan.frame_indices
+        starts = range(0, len(indices), batch)
+        return (resize(self._planned(indices[start : start + batch]), plan) for start in starts)
+
+    def _planned(self, indices: Sequence[int]) -> torch.Tensor:
+        """A view where frames follow each other, as all of them do."""
+        first, end = indices[0], indices[0] + len(indices)
+        return self.frames[first:end] if list(indices) == list(range(first, end)) else self.frames[list(indices)]
 
 
 def _complete(metadata: VideoMetadata, count: int, rate: float) -> VideoMetadata:

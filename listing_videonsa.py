@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ except ImportError:  # text, images and decoded frames work without it; a file t
 
 ASSUMED_RATE = 25.0
 """Frames per second where neither the container nor the codec tells times or a rate, as players assume."""
+
+CHANGED = "the file changed while it was read; is it being written?"
 
 # Flags of AVInputFormat: the demuxer makes times up; times may jump.
 _NO_TIMESTAMPS, _MAY_JUMP = 0x0080, 0x0200
@@ -151,6 +154,11 @@ class Listing:
         """Numbers of the first and the last packet of a group."""
         return self.starts[index], (self.starts[index + 1] if index + 1 < len(self.starts) else len(self.pts)) - 1
 
+    def depends_on(self, number: int) -> set[int]:
+        """The groups of pictures that must be decoded for a frame."""
+        group = self.group_of(number)
+        return {group, group - 1} if group and self.is_leading(number) else {group}
+
     def is_leading(self, number: int) -> bool:
         """Whether a frame is shown before the key frame of its group: it may refer to the group before."""
         start = self.starts[self.group_of(number)]
@@ -186,6 +194,16 @@ class Listing:
             notes.append(f"no frames from {spans}{more}, where the one before is held; damaged, or a pause")
 
 
+class DamagedVideoError(ValueError):
+    """The rest of a video cannot be read: too much of it is damaged, or the file vanished or changed meanwhile.
+
+    Attributes:
+        second: of the video; everything that is shown before it was delivered, and stays good.
+    """
+
+    second = 0.0
+
+
 class VideoFile:
     """A video file that can be opened as often as needed.
 
@@ -205,6 +223,7 @@ class VideoFile:
         self.source = source
         self.pixel_aspect: Fraction | None = None
         self.intra_only = False
+        self._state: tuple[int, int] | None = None
         if isinstance(source, (str, os.PathLike)):
             self.source = os.fspath(source)
             self.name = name or self.source
@@ -212,8 +231,29 @@ class VideoFile:
                 raise ValueError(f"{self.name}: there is no such video file")
             if not os.path.isfile(self.source) or os.path.getsize(self.source) == 0:
                 raise ValueError(f"{self.name}: not a video file, or an empty one")
+            self._state = self._stat()
         else:
             self.name = name or "video in memory"
+            self._lock = Lock()
+
+    def _stat(self) -> tuple[int, int]:
+        stat = os.stat(self.source)
+        return stat.st_size, stat.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Look whether a path still holds the file that it held when this object was made.
+
+        Raises:
+            DamagedVideoError: it does not.
+        """
+        if self._state is None:
+            return
+        try:
+            is_unchanged = self._stat() == self._state
+        except OSError as error:
+            raise DamagedVideoError(f"{self.name}: the file vanished while it was read: {error.strerror}") from error
+        if not is_unchanged:
+            raise DamagedVideoError(f"{self.name}: {CHANGED}")
 
     @contextmanager
     def open(self) -> Iterator[tuple[Any, Any]]:
@@ -221,14 +261,14 @@ class VideoFile:
 
         Raises:
             ValueError: this is no video file, or it has no video.
+            DamagedVideoError: it is not the file any more that it was.
         """
+        self.check_unchanged()
         in_memory = not isinstance(self.source, str)
-        if in_memory:
-            self.source.seek(0)
         try:
             # A playlist must not make the reader open anything else than files, and from memory, nothing.
             container = av.open(
-                self.source if in_memory else f"file:{self.source}",
+                _OwnPlace(self.source, self._lock) if in_memory else f"file:{self.source}",
                 container_options={"protocol_whitelist": "none" if in_memory else "file"},
                 metadata_errors="replace",
             )
@@ -269,14 +309,18 @@ class VideoFile:
         """Packets with content, of all streams if none is named.
 
         Raises:
-            ValueError: the file ends in an error.
+            DamagedVideoError: the file ends in an error.
         """
-        try:
-            for packet in container.demux(*streams):
-                if packet.size:
-                    yield packet
-        except av.FFmpegError as error:
-            raise ValueError(f"{self.name}: cannot be read to its end: {error}") from error
+        demuxed = container.demux(*streams)
+        while True:
+            try:
+                packet = next(demuxed, None)
+            except (av.FFmpegError, OSError, ValueError) as error:  # of files in memory, Python's own
+                raise DamagedVideoError(f"{self.name}: cannot be read to its end: {error}") from error
+            if packet is None:
+                return
+            if packet.size:
+                yield packet
 
     def list(self) -> Listing:
         """Read the whole file once.
@@ -315,7 +359,7 @@ class VideoFile:
             self.pixel_aspect, self.intra_only = stream.sample_aspect_ratio, stream.codec_context.codec.intra_only
             # AVI stores decoding times only, other containers do for some codecs: the presentation times of their
             # packets are made up. B-frames, and packets that are shown one after the other, contradict each other.
-            in_order = None not in pts and all(one < later for one, later in pairwise(pts))
+            in_order = None not in pts and all(one <= later for one, later in pairwise(pts))
             is_made_up = "avi" in formats or (in_order and stream.codec_context.has_b_frames)
             promised, read = 0.0, end_of_file
             if "mp4" in formats and stream.duration is not None:
@@ -348,3 +392,31 @@ class VideoFile:
                 + (f" of the {promised:.2f} s that its header promises" if promised else "")
             )
         return listing
+
+
+class _OwnPlace:
+    """A binary file that several readers share, each at a place of its own."""
+
+    def __init__(self, file: Any, lock: Any):
+        self._file, self._lock, self._place = file, lock, 0
+        if isinstance(name := getattr(file, "name", None), str):
+            self.name = name  # a hint to the container's format
+
+    def read(self, size: int = -1) -> bytes:
+        with self._lock:
+            self._file.seek(self._place)
+            content = self._file.read(size)
+        self._place += len(content)
+        return content
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if whence == os.SEEK_END:
+            with self._lock:
+                self._file.seek(offset, whence)
+                self._place = self._file.tell()
+        else:
+            self._place = offset + (self._place if whence == os.SEEK_CUR else 0)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place

@@ -40,6 +40,7 @@ try:
     from .hub_videonsa import PushMixin, save_kernel_folder
     from .names_videonsa import CheckpointNamesMixin
     from .positions_videonsa import check_media, mrope_position_ids
+    from .reading_videonsa import ReadingMixin
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -48,6 +49,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from hub_videonsa import PushMixin, save_kernel_folder
     from names_videonsa import CheckpointNamesMixin
     from positions_videonsa import check_media, mrope_position_ids
+    from reading_videonsa import ReadingMixin
 
 logger = logging.get_logger(__name__)
 
@@ -505,7 +507,12 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
 
 
 class VideoNSAForConditionalGeneration(
-    PushMixin, VideoGenerationMixin, VideoNSAPreTrainedModel, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+    PushMixin,
+    ReadingMixin,
+    VideoGenerationMixin,
+    VideoNSAPreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    GenerationMixin,
 ):
     _checkpoint_renamings = _PUBLISHED_NAMES
     # The same for adapters, where PEFT looks for it.

@@ -1,4 +1,4 @@
-"""Answers to prompts: batches of them, or one after the other about the same video, which is then read once."""
+"""Answers to prompts: batches of them, or one after the other about the same media, which are then read once."""
 
 import copy
 import threading
@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
-from transformers import DynamicCache
 
 from generation_videonsa import CACHE_NAME
 from nsa_kernels.attention_budget import attention_budget
@@ -17,7 +16,6 @@ from .prompts import GenerationSettings
 
 Messages = list[dict[str, Any]]
 
-_PIXELS = ("pixel_values", "pixel_values_videos")
 ATTENTION_SETTINGS = ("nsa_mode", "block_size", "block_counts", "window_size")
 
 
@@ -41,36 +39,18 @@ class PromptTokenCounts(TokenCounts):
         return {**super().to_dict(), **own}
 
 
-@dataclass
-class ReadVideo:
-    """Prompts up to their last image or video, read by the model once for all of them.
-
-    Attributes:
-        text: of the prompt, before placeholders are repeated.
-        inputs: `input_ids`, `attention_mask`, `mm_token_type_ids` (1, length), grids and timing.
-        cache: keys and values of these tokens.
-    """
-
-    text: str
-    inputs: dict[str, torch.Tensor]
-    cache: DynamicCache
-
-    @property
-    def length(self) -> int:
-        return self.inputs["input_ids"].shape[1]
-
-
 class Inference:
     """A model and its processor.
 
     Args:
         video_options: keywords of `processor.apply_chat_template` for every prompt.
+        reading_options: further keywords of `model.read`.
     """
 
-    def __init__(self, model, processor, video_options: dict[str, Any]):
-        self.model, self._processor, self.video_options = model, processor, video_options
+    def __init__(self, model, processor, video_options: dict[str, Any], reading_options: dict[str, Any] | None = None):
+        self.model, self._processor = model, processor
+        self.video_options, self.reading_options = video_options, reading_options or {}
         processor.tokenizer.padding_side = "left"
-        self.vision_end = processor.tokenizer.convert_ids_to_tokens(model.config.vision_end_token_id)
         self._own, self._copying = threading.local(), threading.Lock()
 
     def prepare(self, conversations: Sequence[Messages]) -> dict[str, torch.Tensor]:
@@ -114,35 +94,40 @@ class Inference:
 
     @torch.inference_mode()
     def generate(
-        self, inputs: dict[str, torch.Tensor], settings: GenerationSettings, cache: DynamicCache | None = None
+        self, inputs: dict[str, Any], settings: GenerationSettings, types: torch.Tensor | None = None
     ) -> list[GenerationResult]:
-        """Answer a batch of prompts, or one prompt whose beginning is in `cache`."""
+        """Answer a batch of prompts, or one prompt about what was read.
+
+        Args:
+            inputs: of `prepare`, or of `Reading.prompt`.
+            types: token types of what was read.
+        """
         tokenizer = self.own_processor.tokenizer
         inputs = self._to_device(inputs)
-        options = settings.options if cache is None else settings.options | {CACHE_NAME: cache}
-        rows = self.model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
+        types = self._types(inputs, types)
+        rows = self.model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings.options)
         answers = rows[:, inputs["input_ids"].shape[1] :]
         several = len(rows) // len(inputs["input_ids"])  # num_return_sequences; the first counts
         texts = tokenizer.batch_decode(answers[::several], skip_special_tokens=True)
-        counts = self._count(inputs, (answers[::several] != tokenizer.pad_token_id).sum(1).tolist())
+        counts = self._count(types, (answers[::several] != tokenizer.pad_token_id).sum(1).tolist())
         return [GenerationResult(settings.finish(text), count) for text, count in zip(texts, counts, strict=True)]
 
     @torch.inference_mode()
     def loss(
-        self, inputs: dict[str, torch.Tensor], continuations: Sequence[list[int]], cache: DynamicCache | None = None
+        self, inputs: dict[str, Any], continuations: Sequence[list[int]], types: torch.Tensor | None = None
     ) -> list[GenerationResult]:
         """How unlikely continuations of a batch of prompts are.
 
         Args:
+            inputs, types: as in `generate`.
             continuations: token ids for each prompt, at least one.
-            cache: holds the beginning of the only prompt.
         Returns:
             for each, as its `text`, the sum of its tokens' negative log-probabilities, and whether greedy decoding
             would give it.
         """
         inputs = self._to_device(inputs)
-        counts = self._count(inputs, [0] * len(continuations))
-        before = []
+        counts = self._count(self._types(inputs, types), [0] * len(continuations))
+        before, cache = [], inputs.get(CACHE_NAME)
         if cache is None and self.reads_prompts_whole:
             prompt = self.model(**inputs, use_cache=True, logits_to_keep=1)
             cache, before = prompt[CACHE_NAME], [prompt.logits]
@@ -155,8 +140,8 @@ class Inference:
             mask[row, : len(continuation)] = 1
         inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask.to(inputs["attention_mask"])], 1)
-        types = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, most))
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, most))
         if cache is not None:
             # The media are in the cache, and positions continue from there.
             new = inputs["input_ids"][:, cache.get_seq_length() :]
@@ -170,57 +155,10 @@ class Inference:
         pairs = zip(losses.tolist(), is_greedy.all(1).tolist(), strict=True)
         return [GenerationResult(pair, count) for pair, count in zip(pairs, counts, strict=True)]
 
-    @torch.inference_mode()
-    def read(self, messages: Messages, inputs: dict[str, torch.Tensor]) -> ReadVideo:
-        """Let the model read a prompt up to its last image or video.
-
-        Args:
-            inputs: of the whole prompt, a batch of one.
-        """
-        types = inputs["mm_token_type_ids"][0]
-        length = int(types.nonzero()[-1]) + 2  # with the token that ends the media
-        text = self.render(messages)
-        num_media = sum(part["type"] != "text" for message in messages for part in message["content"])
-        is_ended = int(inputs["input_ids"][0, length - 1]) == self.model.config.vision_end_token_id
-        if not is_ended or text.count(self.vision_end) != num_media:
-            raise ValueError(f"`video_cache`=True needs one {self.vision_end} behind each image or video: {text!r}")
-
-        start = {
-            name: value[:, :length] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else value
-            for name, value in self._to_device(inputs).items()
-        }
-        cache = DynamicCache(config=self.model.config.text_config)
-        self.model(**start, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
-        kept = {name: value for name, value in start.items() if name not in _PIXELS}
-        end = text.rindex(self.vision_end) + len(self.vision_end)
-        return ReadVideo(text[:end], kept, cache)
-
-    def follow(self, video: ReadVideo, messages: Messages) -> dict[str, torch.Tensor]:
-        """Inputs of another prompt about the same media, whose files are not opened again.
-
-        Raises:
-            ValueError: the prompt does not begin like the one that was read.
-        """
-        text = self.render(messages)
-        if not text.startswith(video.text):
-            raise ValueError(f"the prompt {text!r} does not begin with {video.text!r}")
-        # A special token ends the first part, so that the rest is tokenised as it would be in place.
-        rest = torch.tensor([self.tokenize(text[len(video.text) :])], device=video.inputs["input_ids"].device)
-        added = {
-            "input_ids": rest,
-            "attention_mask": torch.ones_like(rest),
-            "mm_token_type_ids": torch.zeros_like(rest),
-        }
-        return video.inputs | {
-            name: torch.cat([video.inputs[name], value.to(video.inputs[name])], 1) for name, value in added.items()
-        }
-
-    @staticmethod
-    def rewind(video: ReadVideo) -> None:
-        """Forget what came after the media."""
-        added = video.cache.get_seq_length() - video.length
-        if added:  # what `crop(0)` means depends on the version of transformers
-            video.cache.crop(-added)
+    def read(self, messages: Messages):
+        """Let the model read a prompt up to its last image or video: a `Reading`, to be asked `messages` and others."""
+        options = self.video_options | self.reading_options
+        return self.model.read(self.own_processor, messages, progress=False, **options)
 
     def _to_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -228,14 +166,22 @@ class Inference:
             for name, value in inputs.items()
         }
 
-    def _count(self, inputs: dict[str, torch.Tensor], num_generated: list[int]) -> list[PromptTokenCounts]:
+    @staticmethod
+    def _types(inputs: dict[str, Any], read: torch.Tensor | None) -> list[torch.Tensor]:
+        """Token types of each prompt, without padding; read: those of what is in the cache."""
+        if read is None:
+            masks = inputs["attention_mask"].bool().cpu()
+            return [row[mask] for row, mask in zip(inputs["mm_token_type_ids"].cpu(), masks, strict=True)]
+        asked = inputs["input_ids"].shape[1] - inputs[CACHE_NAME].get_seq_length()
+        return [torch.nn.functional.pad(read, (0, asked))]
+
+    def _count(self, types: Sequence[torch.Tensor], num_generated: Sequence[int]) -> list[PromptTokenCounts]:
         settings = {name: getattr(self.model.config, name) for name in ATTENTION_SETTINGS}
         sizes = {name: value for name, value in settings.items() if name != "nsa_mode"}
         counts = []
-        for row, generated in enumerate(num_generated):
-            types = inputs["mm_token_type_ids"][row, inputs["attention_mask"][row].bool()].cpu()
+        for row, generated in zip(types, num_generated, strict=True):
             share = 1.0
             if settings["nsa_mode"] == "sparse":
-                share = None if self.reads_prompts_whole else attention_budget(types, **sizes).fraction
-            counts.append(PromptTokenCounts(len(types), generated, None, int((types != 0).sum()), share, settings))
+                share = None if self.reads_prompts_whole else attention_budget(row, **sizes).fraction
+            counts.append(PromptTokenCounts(len(row), generated, None, int((row != 0).sum()), share, settings))
         return counts

@@ -192,8 +192,8 @@ class VideoNSA(lmms):
                 settings.append(GenerationSettings.of_task(gen_kwargs))
                 questions.append(self._question(doc_to_messages, *where, settings[-1]))
 
-            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
-                return self.inference.generate(inputs, settings[indices[0]], cache)
+            def run(indices: Sequence[int], inputs: dict, types: Any) -> list[GenerationResult]:
+                return self.inference.generate(inputs, settings[indices[0]], types)
 
             start = time.perf_counter()
             results = self._answer(questions, run)
@@ -241,8 +241,8 @@ class VideoNSA(lmms):
                         f"{request.task_name}, document {request.doc_id}: the choice {continuation!r} is empty"
                     )
 
-            def run(indices: Sequence[int], inputs: dict, cache: Any) -> list[GenerationResult]:
-                return self.inference.loss(inputs, [continuations[index] for index in indices], cache)
+            def run(indices: Sequence[int], inputs: dict, types: Any) -> list[GenerationResult]:
+                return self.inference.loss(inputs, [continuations[index] for index in indices], types)
 
             return self._answer(questions, run)
 
@@ -250,22 +250,20 @@ class VideoNSA(lmms):
         """Answer questions in whichever order is fastest; returns the answers in the order of the questions.
 
         Args:
-            run: from the numbers of questions, their batch of inputs, and a KV cache that holds the beginning of the
-                only one or `None`, to their answers.
+            run: from the numbers of questions, their inputs, and the token types of what the only one is about, or
+                `None` for a batch, to their answers.
         """
         jobs = plan_jobs(self._what_they_share(questions), [q.batch_key for q in questions], self.batch_size)
         results = [None] * len(questions)
         with tqdm(total=len(questions), disable=self.rank != 0, desc="Answering") as bar:
             for job, inputs in self._prepared(jobs, questions):
                 if job.shares_video:
-                    video = self.inference.read(questions[job.indices[0]].messages(), inputs)
-                    del inputs  # pixels: gigabytes, for a long video
+                    reading = self.inference.read(questions[job.indices[0]].messages())
                     for index in job.indices:
-                        follow = self.inference.follow(video, questions[index].messages())
-                        (results[index],) = run([index], follow, video.cache)
-                        self.inference.rewind(video)
+                        with reading.prompt(questions[index].messages()) as inputs:
+                            (results[index],) = run([index], inputs, reading.types)
                         bar.update()
-                    del video  # the next one's cache needs the room
+                    del reading, inputs  # the next one's cache needs the room
                 else:
                     for index, answer in zip(job.indices, run(job.indices, inputs, None), strict=True):
                         results[index] = answer
@@ -284,11 +282,12 @@ class VideoNSA(lmms):
         return shared
 
     def _prepared(self, jobs: Sequence[Job], questions: Sequence["_Question"]) -> Iterator[tuple[Job, dict]]:
-        """Jobs with what their (first) prompts become, read ahead by `decode_workers` threads."""
+        """Jobs with what their prompts become, prepared ahead by `decode_workers` threads; nothing for readings."""
 
         def prepare(job: Job) -> dict:
-            indices = job.indices[:1] if job.shares_video else job.indices
-            return self.inference.prepare([questions[index].messages() for index in indices])
+            if job.shares_video:
+                return {}  # a reading decodes by itself, bit by bit
+            return self.inference.prepare([questions[index].messages() for index in job.indices])
 
         if not self.decode_workers:
             yield from ((job, prepare(job)) for job in jobs)

@@ -19,6 +19,7 @@ from moving_shapes import draw_frame
 from PIL import Image
 from processor_testing import ROOT, apply, build_processor, message, numbered, numbered_video, numbers, read
 
+from decoding_videonsa import Decoder
 from files_videonsa import FileClip
 from synthetic.drawing import write_video
 
@@ -78,12 +79,14 @@ def test_only_what_the_planned_frames_need_is_decoded(processor, tmp_path, monke
     clip = FileClip(path, False)
     decoded = []
 
-    def decoded_frames(*args, **kwargs):
-        for number, frame in FileClip._decoded(clip, *args, **kwargs):
-            decoded.append(number)
-            yield number, frame
+    decode = Decoder._decode
 
-    monkeypatch.setattr(clip, "_decoded", decoded_frames)
+    def decode_and_note(decoder, packet):
+        outcomes = decode(decoder, packet)
+        decoded.extend(number for number, _ in outcomes)
+        return outcomes
+
+    monkeypatch.setattr(Decoder, "_decode", decode_and_note)
     for wanted, least in (([0, 199], {0, 199}), ([25, 26], {20, 25, 26}), ([183], {180, 183})):
         decoded.clear()
         assert numbers(clip.read_unresized(wanted)) == wanted
