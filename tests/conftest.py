@@ -55,11 +55,11 @@ def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", text=No
     return model.to(dtype).eval()
 
 
-def build_released(dtype=torch.float64, **options):
+def build_released(dtype=torch.float64, text=None, **options):
     """`build_model` with `nsa_variant="released"`, which wants 28 heads."""
     shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}
     nsa = {"nsa_variant": "released", "block_size": 8, "block_counts": 2, "window_size": 5}
-    return build_model(dtype, text=shape, **(nsa | options))
+    return build_model(dtype, text=shape | (text or {}), **(nsa | options))
 
 
 class Prompts:
@@ -136,6 +136,50 @@ def assert_padding_between_tokens_changes_nothing(model, prompts, video) -> None
     with torch.no_grad():
         # The vision tower's features are scattered by token id, so the holes may be anywhere.
         torch.testing.assert_close(model(**padded).logits[:, keep], model(**single).logits, atol=1e-9, rtol=1e-9)
+
+
+def assert_batch_equals_singles(model, prompts: Prompts, layouts, side: str) -> None:
+    """Prompts of these layouts have the logits in a batch, padded on that side, that they have alone."""
+    singles = [prompts.one(layout, seed) for seed, layout in enumerate(layouts)]
+    batch = prompts.batch(singles, side)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        for sample, single in enumerate(singles):
+            valid = batch["attention_mask"][sample].bool()
+            torch.testing.assert_close(logits[sample, valid], model(**single).logits[0], atol=1e-9, rtol=1e-9)
+
+
+def assert_errs_no_more_than_dense(truth, low, inputs) -> None:
+    """`low`, of few bits, errs at most twice as much in sparse mode as in dense mode; `truth` has the same weights.
+
+    They must select every block: rounding may choose others.
+    """
+    errors = {}
+    with torch.no_grad():
+        for mode in ("sparse", "dense"):
+            truth.config.nsa_mode = low.config.nsa_mode = mode
+            output = low(**inputs).logits
+            assert output.dtype == low.dtype
+            errors[mode] = (output.double() - truth(**inputs).logits).abs().mean()
+    assert errors["sparse"] < 2 * errors["dense"]
+
+
+def assert_autocast_trains(model, inputs) -> None:
+    """float32 weights under autocast, as transformers' Trainer runs `bf16=True`."""
+    inputs = inputs | {"pixel_values_videos": inputs["pixel_values_videos"].float()}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+    output.loss.backward()
+    assert (output.logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in model.model.language_model.parameters())
+
+
+def our_nodes(graph: torch.fx.GraphModule) -> list[str]:
+    """The operators of `nsa_kernels` in a graph, in their order."""
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    return [name.split(".")[1] for name in names if name.startswith("videonsa_")]
 
 
 def checkpoint_activations(model) -> None:

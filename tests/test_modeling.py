@@ -8,7 +8,10 @@ import torch
 from conftest import (
     ROOT,
     Prompts,
+    assert_autocast_trains,
+    assert_batch_equals_singles,
     assert_checkpointing_changes_no_gradient,
+    assert_errs_no_more_than_dense,
     assert_padding_between_tokens_changes_nothing,
     build_config,
     build_model,
@@ -98,15 +101,7 @@ def test_sparse_forward_follows_the_specification(model, prompts, layout, monkey
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_equals_singles(model, prompts, side):
-    singles = [prompts.one(layout, seed) for seed, layout in enumerate([*LAYOUTS.values(), [6]])]
-    batch = prompts.batch(singles, side)
-    with torch.no_grad():
-        logits = model(**batch).logits
-        for sample, single in enumerate(singles):
-            expected = model(**single).logits[0]
-            torch.testing.assert_close(
-                logits[sample, batch["attention_mask"][sample].bool()], expected, atol=1e-9, rtol=1e-9
-            )
+    assert_batch_equals_singles(model, prompts, [*LAYOUTS.values(), [6]], side)
 
 
 def test_padding_between_tokens(model, prompts):
@@ -304,29 +299,11 @@ def test_half_precision_errs_no_more_than_dense(prompts, dtype):
     """Against the float64 truth, sparse attention may not lose more than twice what Qwen2.5-VL's dense one loses."""
     inputs = prompts.one([5, ("video", 8, 4, 4), 6])
     # All blocks selected: block choice, which rounding may flip, plays no part.
-    truth, low = build_model(block_counts=8), build_model(dtype, block_counts=8)
-    with torch.no_grad():
-        errors = {}
-        for mode in ("sparse", "dense"):
-            truth.config.nsa_mode = low.config.nsa_mode = mode
-            output = low(**inputs).logits
-            assert output.dtype == dtype
-            errors[mode] = (output.double() - truth(**inputs).logits).abs().mean()
-    assert errors["sparse"] < 2 * errors["dense"]
+    assert_errs_no_more_than_dense(build_model(block_counts=8), build_model(dtype, block_counts=8), inputs)
 
 
 def test_autocast_trains_in_bfloat16(prompts):
-    """float32 weights under autocast, as transformers' Trainer runs `bf16=True`."""
-    inputs = prompts.one([5, VIDEO, 6])
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].float()
-    model = build_model(torch.float32, block_counts=10)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
-    output.loss.backward()
-    assert (output.logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in model.model.language_model.parameters())
+    assert_autocast_trains(build_model(torch.float32, block_counts=10), prompts.one([5, VIDEO, 6]))
 
 
 def test_autocast_with_text_in_the_cache_first(prompts):

@@ -4,7 +4,10 @@ import pytest
 import torch
 from conftest import (
     Prompts,
+    assert_autocast_trains,
+    assert_batch_equals_singles,
     assert_checkpointing_changes_no_gradient,
+    assert_errs_no_more_than_dense,
     assert_padding_between_tokens_changes_nothing,
     build_config,
     build_released,
@@ -71,13 +74,7 @@ def test_forward_follows_the_specification(model, prompts, layout, monkeypatch):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_equals_singles(model, prompts, side):
-    singles = [prompts.one(layout, seed) for seed, layout in enumerate([*LAYOUTS.values(), [6]])]
-    batch = prompts.batch(singles, side)
-    with torch.no_grad():
-        logits = model(**batch).logits
-        for sample, single in enumerate(singles):
-            valid = batch["attention_mask"][sample].bool()
-            torch.testing.assert_close(logits[sample, valid], model(**single).logits[0], atol=1e-9, rtol=1e-9)
+    assert_batch_equals_singles(model, prompts, [*LAYOUTS.values(), [6]], side)
 
 
 def test_padding_between_tokens(model, prompts):
@@ -323,30 +320,13 @@ def test_gradient_checkpointing_changes_no_gradient(prompts):
 
 
 def test_half_precision_errs_no_more_than_dense(prompts):
-    inputs = prompts.one([5, VIDEO, 6])
     # All blocks selected: block choice, which rounding may flip, plays no part.
-    truth, low = (build_released(dtype, block_size=16, block_counts=4) for dtype in (torch.float64, torch.bfloat16))
-    errors = {}
-    with torch.no_grad():
-        for mode in ("sparse", "dense"):
-            truth.config.nsa_mode = low.config.nsa_mode = mode
-            output = low(**inputs).logits
-            assert output.dtype == torch.bfloat16
-            errors[mode] = (output.double() - truth(**inputs).logits).abs().mean()
-    assert errors["sparse"] < 2 * errors["dense"]
+    models = (build_released(dtype, block_size=16, block_counts=4) for dtype in (torch.float64, torch.bfloat16))
+    assert_errs_no_more_than_dense(*models, prompts.one([5, VIDEO, 6]))
 
 
 def test_autocast_trains_in_bfloat16(prompts):
-    inputs = prompts.one([5, VIDEO, 6])
-    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].float()
-    model = build_released(torch.float32, block_size=16, block_counts=4)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(**inputs, labels=inputs["input_ids"], use_cache=False)
-    output.loss.backward()
-    assert (output.logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-    assert all(parameter.grad.dtype == torch.float32 for parameter in model.model.language_model.parameters())
+    assert_autocast_trains(build_released(torch.float32, block_size=16, block_counts=4), prompts.one([5, VIDEO, 6]))
 
 
 def test_routing_moves_whole():
