@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_released
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel, DynamicCache, QuantizedCache
 
 from cache_videonsa import RoomyCache
 from generation_videonsa import CACHE_NAME
@@ -362,6 +362,30 @@ def test_a_cache_that_is_used_or_fixed_is_refused(model, processor):
     model.read(processor, user([video(4)]), cache=cache)
     with pytest.raises(ValueError, match="`cache` must be empty"):
         model.read(processor, user([video(4)]), cache=cache)
+
+
+@pytest.mark.parametrize("backend", ["fp8", "hqq", "quanto"])
+def test_quantised_caches(processor, backend):
+    """Answers are right, and the same when asked again: a question leaves no trace in a cache that cannot be cut."""
+    needed = {"fp8": "transformers.cache_utils", "hqq": "hqq", "quanto": "optimum.quanto"}[backend]
+    if not hasattr(pytest.importorskip(needed), "Fp8QuantizedLayer") and backend == "fp8":
+        pytest.skip("this transformers has no fp8 cache")
+    axes = {"axis_key": 1, "axis_value": 1} if backend == "hqq" else {}
+    options = {} if backend == "fp8" else {"nbits": 4, "q_group_size": 32, **axes}
+    model = VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32).eval()
+    cache = QuantizedCache(backend=backend, config=model.config.text_config, **options)
+    reading = model.read(processor, ROOT / "demo" / "scene.mp4", chunk_tokens=64, cache=cache)
+    assert reading.cache is cache
+    questions = json.loads((ROOT / "demo" / "scene.json").read_text())
+    first, second = ([reading.ask(asked["question"], max_new_tokens=4).text for asked in questions] for _ in range(2))
+    assert first == second
+    right = sum(answer.startswith(asked["answer"]) for answer, asked in zip(first, questions, strict=True))
+    assert right >= len(questions) - 2, first
+    reading.ask("What?", keep=True, max_new_tokens=4)
+    reading.forget()
+    assert reading.ask(questions[0]["question"], max_new_tokens=4).text == first[0]
+    with pytest.raises(ValueError, match="`cache` = QuantizedCache cannot be saved"):
+        reading.save("nowhere")
 
 
 def test_the_released_variant_is_refused(model, processor):
