@@ -240,7 +240,7 @@ class Reading:
         self._pending: list[int] = []  # its last tokens, if they are not in the cache
         self._before_turns: tuple | None = None
         self._state: tuple | None = None  # of a cache that cannot be cut, before the first question that was kept
-        self._is_busy = self._is_broken = False
+        self._is_busy = self._is_broken = self._is_cut = False
 
     @property
     def num_tokens(self) -> int:
@@ -364,8 +364,9 @@ class Reading:
                 it); the footage cannot be read. What was read of it until then stays.
         """
         with self._exclusive():
-            if self.video is None:
-                raise ValueError("the reading ends with an image: there is no video to extend")
+            if self.video is None or self._is_cut:
+                where = "inside a frame, in a compressed cache" if self._is_cut else "with an image"
+                raise ValueError(f"there is no video to extend: the reading ends {where}")
             if self._said is not None:
                 raise ValueError("the reading ends with a conversation that was kept: `forget()` it, then extend")
             if self.is_kept:
@@ -390,7 +391,9 @@ class Reading:
             self.method.expect(total, int((self.types == 0).sum()), frames_then)
             self.frames = frames_then
             if before is not None:
-                self._cut(self.num_tokens - tokens)
+                if not self._cut(self.num_tokens - tokens):
+                    name = type(self.cache).__name__
+                    raise ValueError(f"`cache` = {name} cannot be cut, and the video ended with half a step")
                 self.next_position = open_video.next_position(self.model, first)
                 open_video.steps, open_video.tail = first, None
             ids = torch.full((steps * tokens,), self.model.config.video_token_id)
@@ -401,13 +404,19 @@ class Reading:
             try:
                 self._prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
             finally:
-                whole = (self.num_tokens - start) // tokens
-                self._cut(start + whole * tokens)
+                whole, rest = divmod(self.num_tokens - start, tokens)
+                self._is_cut = not self._cut(self.num_tokens - rest)
+                if not whole and before is not None:  # nothing has come to complete the half step: as it was
+                    report = _Reporter(1, tokens, False, None)
+                    piece = Piece(stream.cut(before[None]), torch.tensor([[1, *open_video.size]]), 1, before)
+                    part = ids[:tokens], torch.full_like(ids[:tokens], 2), positions[:, :, :tokens]
+                    self._prefill(*part, (one for one in [piece]), chunk, report)
+                    open_video.tail, whole = before, 1
+                elif whole == steps:
+                    open_video.tail = self._tail
                 open_video.steps = first + whole
                 self.next_position = open_video.next_position(self.model, first + whole)
                 self.frames = self.frames[: len(self.frames) - (steps - whole)]
-                if whole == steps:
-                    open_video.tail = self._tail
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Keep the reading on disk; `model.load_reading(folder)` brings it back, next week or on another machine.
@@ -548,7 +557,7 @@ class Reading:
                 end = span.start + done
         if not whole or self._is_broken:
             return False
-        self._cut(end)
+        self._is_cut = not self._cut(end)
         self.next_position = int(prompt.positions[:, :, : self.num_tokens].max()) + 1
         self.text = up_to_media(self.processor, self.text, len(whole))
         self.base, _ = split(self.whole, len(whole))
@@ -638,15 +647,15 @@ class Reading:
                 restore_(self.cache, state)
             raise
 
-    def _cut(self, length: int) -> None:
-        """Forget the tokens from `length` on, where the cache has them as they came."""
-        if length < self.num_tokens == len(self.cache_types):
-            if not _crop_(self.cache, [length] * len(self.cache.layers)):
-                raise ValueError(
-                    f"{type(self.cache).__name__} cannot be cut to {length} of its {self.num_tokens} tokens"
-                )
-            self.ids, self.types = self.ids[:length], self.types[:length]
-            self.cache_types = self.cache_types[:length]
+    def _cut(self, length: int) -> bool:
+        """Forget the tokens from `length` on, where the cache has them as they came; whether it ends there now."""
+        if length == self.num_tokens:
+            return True
+        if self.num_tokens != len(self.cache_types) or not _crop_(self.cache, [length] * len(self.cache.layers)):
+            return False
+        self.ids, self.types = self.ids[:length], self.types[:length]
+        self.cache_types = self.cache_types[:length]
+        return True
 
 
 def _crop_(cache, lengths: Sequence[int]) -> bool:

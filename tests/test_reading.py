@@ -162,6 +162,21 @@ def test_footage_that_arrives_later_continues_the_video(model, processor, cuts):
     assert reading.ask("What?", max_new_tokens=4).token_ids == whole.ask("What?", max_new_tokens=4).token_ids
 
 
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("first", [12, 13])
+def test_footage_that_is_interrupted_can_be_completed(model, processor, first, chunks):
+    """Whole steps stay; where not even one came, a frame that waited for its other waits on."""
+    film = frames(40, height=112, width=112)  # 16 tokens for a step
+    options = {"fps": 2, "max_pixels_per_frame": 112 * 112}
+    reading = model.read(processor, film[:first], **options)
+    with pytest.raises(StopError):
+        reading.extend(film[first:], chunk_tokens=10, callback=stop_after(chunks, StopError))
+    frames_read = first if chunks == 1 else 2 * reading.video.steps
+    assert_same_cache(reading, model.read(processor, film[:frames_read], **options))
+    reading.extend(film[frames_read:])
+    assert_same_cache(reading, model.read(processor, film, **options))
+
+
 def test_footage_comes_in_files_too(model, processor, tmp_path):
     for number, seed in enumerate((0, 1)):
         write_video(tmp_path / f"{number}.mp4", frames(16, seed, height=112, width=112), rate=4)
@@ -308,6 +323,18 @@ def test_budgets(model, processor, method, tmp_path):
             one.extend(film[:8])
         assert_same_cache(reading, loaded)
         assert {layer.get_seq_length() for layer in reading.cache.layers} == {100}
+
+
+def test_a_frame_that_was_read_in_part_stays_in_a_compressed_cache(model, processor):
+    """It is asked like all, and not extended: places in frames would be wrong from there on."""
+    film = frames(60, height=112, width=112)
+    options = {"fps": 2, "max_pixels_per_frame": 112 * 112, "kv_budget": 100, "kv_method": "infinipot-v"}
+    with pytest.raises(StopError) as caught:
+        model.read(processor, film, chunk_tokens=10, callback=stop_after(20, StopError), **options)
+    reading = caught.value.reading
+    assert reading.ask("What?", max_new_tokens=2).token_ids
+    with pytest.raises(ValueError, match="inside a frame, in a compressed cache"):
+        reading.extend(film[:4])
 
 
 def test_one_method_never_holds_much_more_than_its_budget(model, processor):
