@@ -148,6 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=int, nargs="*", default=[10, 60, 180], help="for the small checkpoint")
     parser.add_argument("--layer-minutes", type=int, nargs="*", default=[10], help="for the layer in the 7B's shape")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--measure", nargs=3, metavar=("MEASURE", "MODEL", "FILE"), help=argparse.SUPPRESS)
@@ -160,6 +161,7 @@ def main() -> None:
     rows = [("overlap", "small", 600), ("questions", "small", 512)]
     rows += [("memory", "small", 60 * minutes) for minutes in arguments.minutes]
     rows += [("memory", "layer", 60 * minutes) for minutes in arguments.layer_minutes]
+    rows = [row for row in rows if row[0] in arguments.measures]
     results = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/bench_long_video.py", *sys.argv[1:]]),

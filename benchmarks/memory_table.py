@@ -33,9 +33,9 @@ def estimate(size: str, weights: str, cache: str) -> MemoryEstimate:
 
 
 def main() -> None:
-    print(
-        "| model | weights | cache | weights GB | cache GB | work GB | total GB | fits |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = "model", "weights", "cache", "weights GB", "cache GB", "work GB", "total GB", "fits"
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|")
     for size in ("3B", "7B", "32B"):
         for weights in WEIGHTS:
             for cache in CACHES:
