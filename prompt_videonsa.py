@@ -27,6 +27,8 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from positions_videonsa import mrope_position_ids
 
 _MEDIA = ("image", "image_url", "video")
+# A chunk is prepared and encoded in so many pieces: smaller ones take less memory, and are as fast.
+PIECES_PER_CHUNK = 4
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,14 @@ class Prompt:
             chunk_tokens=self.chunk_tokens,
             kept_tokens=entries,
             cached_tokens=cached,
-            memory=estimate_memory(self.model, cached, chunk_tokens=self.chunk_tokens),
+            memory=estimate_memory(
+                self.model.config,
+                cached,
+                chunk_tokens=self.chunk_tokens,
+                step_tokens=max((height * width for height, width in self.frames()), default=0),
+                itemsize=self.model.dtype.itemsize,
+                weights=sum(one.numel() * one.element_size() for one in self.model.parameters()),
+            ),
         )
 
     def spans(self) -> "list[Span]":
@@ -221,15 +230,16 @@ class Piece:
 
 
 def stream_pieces(stream, size: Sequence[int], patches: int, before: torch.Tensor | None = None) -> Iterator[Piece]:
-    """A video in pieces of about so many patches.
+    """A video in pieces, `PIECES_PER_CHUNK` of which have about so many patches as a chunk.
 
     Args:
         stream: a `VideoStream`.
         size: height and width of its frames in patches.
+        patches: in a chunk.
         before: (3, H, W), a frame before the first of the stream.
     """
     step = stream.temporal_patch_size
-    batch = step * max(1, patches // (size[0] * size[1]))
+    batch = step * max(1, patches // PIECES_PER_CHUNK // (size[0] * size[1]))
     parts = stream.frames(batch)
     if before is not None:
         parts = _rebatched(itertools.chain([before[None]], parts), batch)
@@ -310,12 +320,12 @@ class OpenVideo:
 
 
 class Ahead:
-    """An iterator that a thread goes through, one item ahead of whoever takes them."""
+    """An iterator that a thread goes through, a chunk ahead of whoever takes its pieces."""
 
     _END = object()
 
     def __init__(self, iterator: Iterator):
-        self._items: queue.Queue = queue.Queue(maxsize=1)
+        self._items: queue.Queue = queue.Queue(maxsize=PIECES_PER_CHUNK)
         self._is_closed = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(iterator,), name="videonsa-decode", daemon=True)
         self._thread.start()
