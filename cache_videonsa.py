@@ -65,13 +65,21 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _grow(self, name: str, states: torch.Tensor, length: int) -> None:
-        room = max(self.capacity, length if not self.length else int(_GROWTH * length))
+        room = length if length == self.length or not self.length else int(_GROWTH * length)
+        room = max(self.capacity, room)
         with torch.inference_mode(False):  # tensors of inference mode could not be written to outside of it
             shape = *states.shape[:-2], room, states.shape[-1]
             buffer = torch.empty(shape, dtype=states.dtype, device=states.device)
         if self.length:
             buffer[..., : self.length, :] = self._filled(name)
         self._buffers = self._buffers | {name: buffer}
+
+    def reserve(self, capacity: int) -> None:
+        """Make buffers of this capacity, or longer where they are filled further, in the place of these."""
+        self.capacity = capacity
+        for name in ("keys", "values"):
+            if (states := self._filled(name)) is not None and self._buffers[name].shape[-2] != capacity:
+                self._grow(name, states, self.length)
 
     def crop(self, tokens_to_remove: int) -> None:
         """As in transformers: a negative number of tokens, which go from the end."""

@@ -49,10 +49,12 @@ class KvMethod:
     Attributes:
         takes_new_vision: whether images and videos may join the cache after its compression. They need one token type
             for each place in the cache, so that no layer or head may keep a text token where another keeps vision.
+        keeps_while_reading: whether the cache never holds much more than its budget.
     """
 
     name = ""
-    takes_new_vision = False
+    takes_new_vision = True
+    keeps_while_reading = False
 
     def __init__(self, kv_budget: int | float, num_layers: int):
         self.kv_budget = check_positive("kv_budget", kv_budget, (int, float))
@@ -135,7 +137,6 @@ class StreamingLLM(KvMethod):
     """
 
     name = "streamingllm"
-    takes_new_vision = True
 
     def __init__(self, kv_budget: int | float, num_layers: int, sinks: int = 4):
         super().__init__(kv_budget, num_layers)
@@ -173,6 +174,7 @@ class SnapKV(KvMethod):
     """
 
     name = "snapkv"
+    takes_new_vision = False
 
     def __init__(self, kv_budget: int | float, num_layers: int, window: int = 64, kernel: int = 5):
         super().__init__(kv_budget, num_layers)
@@ -256,7 +258,7 @@ class InfiniPotV(KvMethod):
     """
 
     name = "infinipot-v"
-    takes_new_vision = True
+    keeps_while_reading = True
     recent_share = 0.25
     temporal_share = 0.5
     pooling = (7, 5, 3, 1)

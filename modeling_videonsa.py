@@ -38,6 +38,7 @@ try:
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from .hub_videonsa import PushMixin, save_kernel_folder
+    from .kv_budget_videonsa import mask_of_layer
     from .names_videonsa import CheckpointNamesMixin
     from .positions_videonsa import check_media, mrope_position_ids
     from .reading_videonsa import ReadingMixin
@@ -47,6 +48,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from hub_videonsa import PushMixin, save_kernel_folder
+    from kv_budget_videonsa import mask_of_layer
     from names_videonsa import CheckpointNamesMixin
     from positions_videonsa import check_media, mrope_position_ids
     from reading_videonsa import ReadingMixin
@@ -121,6 +123,9 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
+            if getattr(past_key_values, "layers_differ", False):  # what a budget has left of a reading
+                num_keys = past_key_values.get_seq_length(self.layer_idx) + hidden_states.shape[1]
+                attention_mask = mask_of_layer(attention_mask, num_keys)
             kwargs |= {CACHE_NAME: past_key_values, "position_embeddings": position_embeddings}
             return super().forward(hidden_states, attention_mask, position_ids, **kwargs)
 

@@ -43,6 +43,7 @@ class ReadingPlan:
         attention_share: the same as a share of dense causal attention's.
         chunk_tokens: tokens that go through the model at a time.
         kept_tokens: tokens that the cache keeps when all is read, mean over the layers.
+        cached_tokens: tokens that it holds at most while it is read.
         memory: bytes of weights, of the cache, and of what is worked on (`MemoryEstimate`).
     """
 
@@ -55,6 +56,7 @@ class ReadingPlan:
     attention_share: float
     chunk_tokens: int
     kept_tokens: int
+    cached_tokens: int
     memory: MemoryEstimate
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,7 +132,17 @@ class Prompt:
     def num_frames(self) -> int:
         return sum(len(stream.plan.frame_indices) for stream in self.streams)
 
-    def plan(self) -> ReadingPlan:
+    def frames(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of every image and every step of a video, in order."""
+        grids = (span.grid for span in self.spans())
+        return [(height // self.merge, width // self.merge) for steps, height, width in grids for _ in range(steps)]
+
+    def plan(self, method) -> ReadingPlan:
+        """With the method that keeps the cache to its budget (`KvMethod`)."""
+        entries = min(self.length, method.entries) if method.name else self.length
+        # One method compresses while it reads; a frame that was read in part waits.
+        waiting = self.chunk_tokens + max((height * width for height, width in self.frames()), default=0)
+        cached = min(self.length, entries + waiting) if method.keeps_while_reading else self.length
         pairs, dense = _attention_budget(self.model, self.types)
         return ReadingPlan(
             videos=tuple(stream.plan for stream in self.streams),
@@ -141,8 +153,9 @@ class Prompt:
             attention_pairs=pairs,
             attention_share=pairs / dense,
             chunk_tokens=self.chunk_tokens,
-            kept_tokens=self.length,
-            memory=estimate_memory(self.model, self.length, chunk_tokens=self.chunk_tokens),
+            kept_tokens=entries,
+            cached_tokens=cached,
+            memory=estimate_memory(self.model, cached, chunk_tokens=self.chunk_tokens),
         )
 
     def spans(self) -> "list[Span]":
@@ -274,6 +287,10 @@ class OpenVideo:
             tokens_per_second=vision.tokens_per_second,
         )
         return positions[:, :, first * tokens :] + self.start
+
+    def next_position(self, model, steps: int) -> int:
+        """Of text behind so many of its steps."""
+        return int(self.positions(model, 0, steps).max()) + 1 if steps else self.start
 
     def stream(self, processor, video: Any):
         """A `VideoStream` of footage in the size and at the rate of this video."""

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from transformers import AutoProcessor
 
 try:
     from .cache_videonsa import RoomyCache
+    from .kv_budget_videonsa import KvMethod, kv_method
     from .prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import RoomyCache
+    from kv_budget_videonsa import KvMethod, kv_method
     from prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 
 FORMAT = 1
@@ -112,6 +114,8 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
     for index, layer in enumerate(reading.cache.layers):
         for name in ("keys", "values"):
             tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
+    tensors |= {f"method.{name}": value for name, value in reading.method.state.items()}
+    method = reading.method
     video = None
     if reading.video is not None:
         video = dict(vars(reading.video))
@@ -124,6 +128,8 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
         "media": reading.media,
         "layers": len(reading.cache.layers),
         "next_position": reading.next_position,
+        "method": [method.name, method.kv_budget, reading.is_kept],
+        "frames": [[len(list(same)), *frame] for frame, same in groupby(reading.frames)],
         "video": video,
         "plan": reading.plan.to_dict(),
         "conversation": reading.conversation_state(),
@@ -171,7 +177,13 @@ def load_reading(reading_class: type, model, folder: str | os.PathLike, processo
 
 
 def _load(reading_class, model, folder: Path, content: dict, processor, messages_or_video: Any):
-    reading = reading_class(model, processor, ReadingPlan.from_dict(content["plan"]), None, None)
+    layers = model.model.language_model.layers
+    name, budget, is_kept = content["method"]
+    try:
+        method = kv_method(name, budget, len(layers)) if name else KvMethod(1.0, len(layers))
+    except ValueError as error:
+        raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: {error}") from error
+    reading = reading_class(model, processor, ReadingPlan.from_dict(content["plan"]), None, None, method)
     for name, value in content["settings"].items():
         if reading.settings.get(name) != value:
             raise ValueError(
@@ -190,7 +202,6 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
                 )
     if reading.processor is None:
         reading.processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=True)
-    layers = model.model.language_model.layers
     cache = RoomyCache(len(layers))
     with safe_open(folder / "cache.safetensors", framework="pt") as file:
         for index, (layer, own) in enumerate(zip(layers, cache.layers, strict=True)):
@@ -198,11 +209,15 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
             device = torch.device("cpu") if weight.device.type == "meta" else weight.device
             own.update(*(file.get_tensor(f"layers.{index}.{name}").to(device) for name in ("keys", "values")))
         reading.ids, reading.types, reading.cache_types = (file.get_tensor(n) for n in ("ids", "types", "cache_types"))
+        states = {key for key in file.keys() if key.startswith("method.")}  # noqa: SIM118
+        method.load_state({key.removeprefix("method."): file.get_tensor(key) for key in states})
         tail = file.get_tensor("tail") if "tail" in file.keys() else None  # noqa: SIM118 (no mapping)
     if cache.get_seq_length() != len(reading.cache_types):
         raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: its files are not of one reading")
     reading.cache, reading.media = cache, content["media"]
-    reading.next_position = content["next_position"]
+    reading.next_position, reading.is_kept = content["next_position"], is_kept
+    reading.frames = [tuple(frame) for count, *frame in content["frames"] for _ in range(count)]
+    cache.layers_differ = len({layer.get_seq_length() for layer in cache.layers}) > 1
     if content["video"] is not None:
         reading.video = OpenVideo(**content["video"] | {"size": tuple(content["video"]["size"])}, tail=tail)
     reading.set_conversation_state(content["conversation"])

@@ -28,6 +28,8 @@ try:
     from .cache_videonsa import RoomyCache, restore_, state_of
     from .configuration_videonsa import NSA_FIELDS
     from .generation_videonsa import CACHE_NAME
+    from .kv_budget_videonsa import KvMethod
+    from .kv_budget_videonsa import kv_method as kv_method_of
     from .prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -47,6 +49,8 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from cache_videonsa import RoomyCache, restore_, state_of
     from configuration_videonsa import NSA_FIELDS
     from generation_videonsa import CACHE_NAME
+    from kv_budget_videonsa import KvMethod
+    from kv_budget_videonsa import kv_method as kv_method_of
     from prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -108,6 +112,8 @@ class ReadingMixin:
         messages_or_video: Any,
         *,
         chunk_tokens: int = CHUNK_TOKENS,
+        kv_budget: float | int | None = None,
+        kv_method: str | None = None,
         cache=None,
         progress: bool = True,
         callback: Callable[[ReadingProgress], Any] | None = None,
@@ -120,6 +126,9 @@ class ReadingMixin:
             messages_or_video: a conversation, whose text behind the last image or video is what `ask()` asks; or one
                 video in any form that the processor takes: a path, the bytes of a file, frames, an array.
             chunk_tokens: tokens that go through the model at a time. More are faster on a GPU and take more memory.
+            kv_budget: what the cache keeps of the prompt, a share (0.12) or a number of tokens for each layer.
+            kv_method: which tokens these are: "pyramidkv" (the default), "snapkv", "streamingllm" or "infinipot-v"
+                (`kv_budget_videonsa.py`). The last keeps to the budget while it reads, the others after it.
             cache: an empty cache of transformers' to use, such as a `QuantizedCache`.
             progress: show a progress bar where it takes longer than two seconds.
             callback: called after each chunk with a `ReadingProgress`. To stop, it raises an error.
@@ -134,19 +143,29 @@ class ReadingMixin:
         then as its attribute `reading`, if that is anything.
         """
         prompt = Prompt(self, processor, messages_or_video, chunk_tokens, options)
+        method = _method(self, prompt, kv_budget, kv_method, cache)
+        plan = prompt.plan(method)
         if cache is None:
-            cache = RoomyCache(self.config.text_config.num_hidden_layers, prompt.length + _SPARE_TOKENS)
+            cache = RoomyCache(self.config.text_config.num_hidden_layers, plan.cached_tokens + _SPARE_TOKENS)
         elif cache.get_seq_length() or cache.is_compileable:
             raise ValueError(f"`cache` must be empty and grow, got {type(cache).__name__} of {cache.get_seq_length()}")
-        reading = Reading(self, processor, prompt.plan(), prompt, cache)
+        reading = Reading(self, processor, plan, prompt, cache, method)
         reading._read(prompt, progress, callback)
         return reading
 
     def plan_reading(
-        self, processor, messages_or_video: Any, *, chunk_tokens: int = CHUNK_TOKENS, **options
+        self,
+        processor,
+        messages_or_video: Any,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        kv_budget: float | int | None = None,
+        kv_method: str | None = None,
+        **options,
     ) -> ReadingPlan:
         """What `read` with these arguments would do. Of video files, packets are listed and one frame is decoded."""
-        return Prompt(self, processor, messages_or_video, chunk_tokens, options).plan()
+        prompt = Prompt(self, processor, messages_or_video, chunk_tokens, options)
+        return prompt.plan(_method(self, prompt, kv_budget, kv_method, None))
 
     def load_reading(self, folder: str | os.PathLike, processor=None, messages_or_video: Any = None) -> "Reading":
         """What `Reading.save` wrote, to be asked on.
@@ -159,6 +178,20 @@ class ReadingMixin:
             ValueError: not a folder that `save` wrote; or it was read with other weights, settings or media.
         """
         return load_reading(Reading, self, folder, processor, messages_or_video)
+
+
+def _method(model, prompt: Prompt, kv_budget, kv_method, cache) -> KvMethod:
+    """The method that keeps a prompt to its budget; the one that keeps everything where there is none."""
+    num_layers = model.config.text_config.num_hidden_layers
+    if kv_budget is None:
+        if kv_method is not None:
+            raise ValueError(f"`kv_method` = {kv_method!r} needs a `kv_budget`, such as 0.12")
+        return KvMethod(1.0, num_layers)
+    if cache is not None:
+        raise ValueError(f"`kv_budget` = {kv_budget!r} goes without `cache` = {type(cache).__name__}")
+    method = kv_method_of("pyramidkv" if kv_method is None else kv_method, kv_budget, num_layers)
+    method.expect(prompt.length, int((prompt.types == 0).sum()), prompt.frames())
+    return method
 
 
 def attention_settings(model) -> dict[str, Any]:
@@ -181,14 +214,19 @@ class Reading:
         model, processor: that read it.
         plan: `ReadingPlan`.
         cache: the key-value cache.
+        method: that keeps it to a budget (`KvMethod`).
+        is_kept: to a budget, in a way that takes no new vision tokens.
+        frames: (height, width) in tokens of every image and every step of a video.
         ids, types: (tokens,), the tokens that were read and said, and 0 for text, 1 for image, 2 for video tokens.
         cache_types: types of the entries of the cache, of which a budget may have left fewer.
         media: what was read, a description and a digest of each image and video.
         seconds: of the last video that were read.
     """
 
-    def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache):
-        self.model, self.processor, self.plan, self.cache = model, processor, plan, cache
+    def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache, method: KvMethod):
+        self.model, self.processor, self.plan, self.cache, self.method = model, processor, plan, cache, method
+        self.frames = [] if prompt is None else prompt.frames()
+        self.is_kept = False
         self.settings, self._weights = attention_settings(model), _versions(model)
         self.ids = torch.empty(0, dtype=torch.long)
         self.types = torch.empty(0, dtype=torch.long)
@@ -202,7 +240,7 @@ class Reading:
         self._pending: list[int] = []  # its last tokens, if they are not in the cache
         self._before_turns: tuple | None = None
         self._state: tuple | None = None  # of a cache that cannot be cut, before the first question that was kept
-        self._is_busy = self._is_broken = False
+        self._is_busy = self._is_broken = self._is_cut = False
 
     @property
     def num_tokens(self) -> int:
@@ -326,10 +364,18 @@ class Reading:
                 it); the footage cannot be read. What was read of it until then stays.
         """
         with self._exclusive():
-            if self.video is None:
-                raise ValueError("the reading ends with an image: there is no video to extend")
+            if self.video is None or self._is_cut:
+                where = "inside a frame, in a compressed cache" if self._is_cut else "with an image"
+                raise ValueError(f"there is no video to extend: the reading ends {where}")
             if self._said is not None:
                 raise ValueError("the reading ends with a conversation that was kept: `forget()` it, then extend")
+            if self.is_kept:
+                raise ValueError(f"`kv_method` = {self.method.name!r} takes no new footage after its compression")
+            if self.video.tail is not None and len(self.cache_types) < self.num_tokens:
+                raise ValueError(
+                    f"`kv_method` = {self.method.name!r}: the video ended with half a step, an odd number of frames, "
+                    "which cannot be completed in a compressed cache: read an even number"
+                )
             open_video, chunk = self.video, chunk_tokens or self.plan.chunk_tokens
             stream = open_video.stream(self.processor, video)
             before = open_video.tail
@@ -337,24 +383,40 @@ class Reading:
             steps = -(-frames // stream.temporal_patch_size)
             first = open_video.steps - (before is not None)
             tokens = open_video.step_tokens(self.model.config.vision_config.spatial_merge_size)
-            check_length(self.model, int(open_video.positions(self.model, 0, first + steps).max()) + 1)
+            check_length(self.model, open_video.next_position(self.model, first + steps))
+            merge = self.model.config.vision_config.spatial_merge_size
+            added = [(open_video.size[0] // merge, open_video.size[1] // merge)] * steps
+            frames_then = self.frames[: len(self.frames) - (before is not None)] + added
+            total = self.num_tokens + (steps - (before is not None)) * tokens
+            self.method.expect(total, int((self.types == 0).sum()), frames_then)
+            self.frames = frames_then
             if before is not None:
-                self._cut(self.num_tokens - tokens)
+                if not self._cut(self.num_tokens - tokens):
+                    name = type(self.cache).__name__
+                    raise ValueError(f"`cache` = {name} cannot be cut, and the video ended with half a step")
+                self.next_position = open_video.next_position(self.model, first)
                 open_video.steps, open_video.tail = first, None
             ids = torch.full((steps * tokens,), self.model.config.video_token_id)
             positions = open_video.positions(self.model, first, first + steps)
-            merge = self.model.config.vision_config.spatial_merge_size**2
             report = _Reporter(frames, len(ids), progress, callback)
-            pieces = stream_pieces(stream, open_video.size, chunk * merge, before)
+            pieces = stream_pieces(stream, open_video.size, chunk * merge**2, before)
             start = self.num_tokens
             try:
                 self._prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
             finally:
-                whole = (self.num_tokens - start) // tokens
-                self._cut(start + whole * tokens)
-                open_video.steps = first + whole
-                if whole == steps:
+                whole, rest = divmod(self.num_tokens - start, tokens)
+                self._is_cut = not self._cut(self.num_tokens - rest)
+                if not whole and before is not None:  # nothing has come to complete the half step: as it was
+                    report = _Reporter(1, tokens, False, None)
+                    piece = Piece(stream.cut(before[None]), torch.tensor([[1, *open_video.size]]), 1, before)
+                    part = ids[:tokens], torch.full_like(ids[:tokens], 2), positions[:, :, :tokens]
+                    self._prefill(*part, (one for one in [piece]), chunk, report)
+                    open_video.tail, whole = before, 1
+                elif whole == steps:
                     open_video.tail = self._tail
+                open_video.steps = first + whole
+                self.next_position = open_video.next_position(self.model, first + whole)
+                self.frames = self.frames[: len(self.frames) - (steps - whole)]
 
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Keep the reading on disk; `model.load_reading(folder)` brings it back, next week or on another machine.
@@ -495,7 +557,8 @@ class Reading:
                 end = span.start + done
         if not whole or self._is_broken:
             return False
-        self._cut(end)
+        self._is_cut = not self._cut(end)
+        self.next_position = int(prompt.positions[:, :, : self.num_tokens].max()) + 1
         self.text = up_to_media(self.processor, self.text, len(whole))
         self.base, _ = split(self.whole, len(whole))
         self.whole = self.base
@@ -530,8 +593,8 @@ class Reading:
         """
         device = self.model.get_input_embeddings().weight.device
         self._tail = None
-        ahead = Ahead(pieces)
-        with closing(ahead), closing(report), torch.no_grad():
+        ahead, layers = Ahead(pieces), self.cache.layers
+        with closing(ahead), closing(report), torch.no_grad(), self.method.observer(self.model) as queries:
             arriving, features = iter(ahead), None
             for start in range(0, len(ids), chunk_tokens):
                 part = slice(start, start + chunk_tokens)
@@ -548,8 +611,16 @@ class Reading:
                     features = features[needed:]
                 self._run(embeds, positions[:, :, part], types[part])
                 self._append(ids[part], types[part])
+                self.cache_types = self.method.during(layers, self.cache_types[None])[0]
                 self.next_position = max(self.next_position, int(positions[:, :, part].max()) + 1)
                 report(frames, len(types[part]))
+            kept = self.method.finish(layers, self.cache_types[None], queries)
+            self.is_kept = kept is None
+            self.cache_types = torch.zeros(self.cache.get_seq_length()).long() if kept is None else kept[0]
+            if len(self.cache_types) < self.num_tokens:
+                for layer in layers:
+                    layer.reserve(layer.get_seq_length() + _SPARE_TOKENS)
+            self.cache.layers_differ = len({layer.get_seq_length() for layer in layers}) > 1
 
     def _encode(self, piece: Piece) -> torch.Tensor:
         """(tokens, hidden_size)"""
@@ -576,15 +647,15 @@ class Reading:
                 restore_(self.cache, state)
             raise
 
-    def _cut(self, length: int) -> None:
-        """Forget the tokens from `length` on, where the cache has them as they came."""
-        if length < self.num_tokens == len(self.cache_types):
-            if not _crop_(self.cache, [length] * len(self.cache.layers)):
-                raise ValueError(
-                    f"{type(self.cache).__name__} cannot be cut to {length} of its {self.num_tokens} tokens"
-                )
-            self.ids, self.types = self.ids[:length], self.types[:length]
-            self.cache_types = self.cache_types[:length]
+    def _cut(self, length: int) -> bool:
+        """Forget the tokens from `length` on, where the cache has them as they came; whether it ends there now."""
+        if length == self.num_tokens:
+            return True
+        if self.num_tokens != len(self.cache_types) or not _crop_(self.cache, [length] * len(self.cache.layers)):
+            return False
+        self.ids, self.types = self.ids[:length], self.types[:length]
+        self.cache_types = self.cache_types[:length]
+        return True
 
 
 def _crop_(cache, lengths: Sequence[int]) -> bool:

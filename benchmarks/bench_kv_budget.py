@@ -222,7 +222,10 @@ def main() -> None:
         machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
         machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
         settings = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
-        record = {"date": datetime.date.today().isoformat(), "command": "benchmarks/bench_kv_budget.py"}
+        record = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["benchmarks/bench_kv_budget.py", *sys.argv[1:]]),
+        }
         record |= {"machine": machine, "settings": settings, "wall_seconds": round(time.perf_counter() - start)}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(record | {"accuracy": accuracy}, indent=1) + "\n")

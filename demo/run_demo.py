@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 from draw_scene import draw
-from tqdm import tqdm
-from transformers import AutoModel, AutoProcessor, BatchFeature, TextStreamer
+from transformers import AutoModel, AutoProcessor, TextStreamer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -57,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Reader:
-    """A model with its processor."""
+    """A model with its processor, and the video that it has read last."""
 
     def __init__(self, arguments: argparse.Namespace):
         name = arguments.model
@@ -69,10 +68,20 @@ class Reader:
         self.sampling = {} if arguments.fps is None else {"fps": arguments.fps}
         self.max_new_tokens = arguments.max_new_tokens
 
-    def read(self, video: Path, question: str) -> BatchFeature:
-        """What the model takes."""
+    def read(self, video: Path):
+        """A `Reading`, which questions are asked of; `None` where the variant needs a question to read at all."""
+        if self.model.config.nsa_variant == "released" and self.model.config.nsa_mode == "sparse":
+            return None
+        return self.model.read(self.processor, str(video), **self.sampling)
+
+    def ask(self, reading, video: Path, question: str, streamer=None) -> tuple[str, torch.Tensor]:
+        """The answer, and the token types of its prompt."""
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
+        if reading is not None:
+            answer = reading.ask(question, **options)
+            return answer.text, torch.nn.functional.pad(reading.types, (0, answer.prompt_tokens))
         content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
-        return self.processor.apply_chat_template(
+        inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             tokenize=True,
             add_generation_prompt=True,
@@ -80,106 +89,92 @@ class Reader:
             return_tensors="pt",
             **self.sampling,
         ).to(self.model.device)
-
-    def generate(self, inputs, **options) -> str:
         with torch.inference_mode():
-            output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, **options)
-        return self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            output = self.model.generate(**inputs, **options)
+        text = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text, inputs["mm_token_type_ids"][0].cpu()
 
 
-class PrefillMonitor:
-    """Watches the pass over the prompt: a progress bar over the layers, the mean gates, when it ends."""
+class GateMonitor:
+    """Mean gates of the vision tokens that the model reads."""
 
     def __init__(self, model):
-        layers = model.model.language_model.layers
         self.temperature = model.config.gate_temperature
-        self.gates = []
-        self.start = time.perf_counter()
-        self.bar = tqdm(total=len(layers), desc="Reading the video", unit="layer", leave=False)
-        self.handles = [layer.register_forward_hook(self.after_layer) for layer in layers]
-        self.handles += [layer.self_attn.g_proj_2.register_forward_hook(self.after_gates) for layer in layers]
+        self.sum, self.count = torch.zeros(3, dtype=torch.float64), 0
+        for layer in model.model.language_model.layers:
+            layer.self_attn.g_proj_2.register_forward_hook(self.add)
 
-    def after_gates(self, module, inputs, logits):
-        gates = torch.sigmoid(logits.float() / self.temperature)
-        self.gates.append(gates.unflatten(-1, (-1, 3)).flatten(0, -2).mean(0).cpu())
+    def add(self, module, inputs, logits):
+        gates = torch.sigmoid(logits.double() / self.temperature).unflatten(-1, (-1, 3)).flatten(0, -2)
+        self.sum += gates.sum(0).cpu()
+        self.count += len(gates)
 
-    def after_layer(self, module, inputs, output):
-        self.bar.update()
-        if self.bar.n == self.bar.total:
-            self.close()
-
-    def close(self):
-        self.end = time.perf_counter()
-        self.bar.close()
-        print("Answer    ", end="", flush=True)
-        for handle in self.handles:
-            handle.remove()
+    def __str__(self) -> str:
+        shares = self.sum / self.sum.sum()
+        return ", ".join(f"{name} {share:.0%}" for name, share in zip(BRANCHES, shares, strict=True))
 
 
 class CountingStreamer(TextStreamer):
     """Prints the answer as it comes, and counts its tokens."""
 
     num_tokens = -1  # the first call brings the prompt
+    first = 0.0
 
     def put(self, value):
         super().put(value)
         self.num_tokens += 1
+        if self.num_tokens == 1:
+            self.first = time.perf_counter()
 
 
 def ask(reader: Reader, video: Path, question: str) -> None:
     """One question: the answer as it comes, and what it cost."""
-    start = time.perf_counter()
-    inputs = reader.read(video, question)
-    load_seconds = time.perf_counter() - start
-    frames, height, width = inputs["video_grid_thw"][0].tolist()
-    print(f"Video     {video.name}: {2 * frames} frames of {14 * width}x{14 * height} in {load_seconds:.1f} s")
+    plan = reader.processor.plan_video(str(video), **reader.sampling)
+    print(f"Video     {video.name}: {plan.num_frames} frames of {plan.height}x{plan.width}")
     print(f"Question  {question}")
-    monitor = PrefillMonitor(reader.model)
+    monitor, start = GateMonitor(reader.model), time.perf_counter()
+    reading = reader.read(video)
     streamer = CountingStreamer(reader.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    reader.generate(inputs, streamer=streamer)
-    decode_seconds = time.perf_counter() - monitor.end
-
-    num_vision, num_text = count_tokens(inputs)
-    read_seconds, rate = monitor.end - monitor.start, (streamer.num_tokens - 1) / decode_seconds  # the first is read
+    print("Answer    ", end="", flush=True)
+    _, types = reader.ask(reading, video, question, streamer)
+    rate = (streamer.num_tokens - 1) / (time.perf_counter() - streamer.first)
+    num_vision, num_text = count_tokens(types)
     print(f"\nTokens    {num_vision} video + {num_text} text, {streamer.num_tokens} generated")
-    print(f"Seconds   {read_seconds:.1f} to read the prompt, then {rate:.1f} tokens a second")
-    if monitor.gates:
-        gates = torch.stack(monitor.gates).mean(0)
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(BRANCHES, gates / gates.sum(), strict=True))
-        print(f"Gates     {shares}")
-    print_attention_budget(reader.model.config, inputs)
+    print(f"Seconds   {streamer.first - start:.1f} to read video and question, then {rate:.1f} tokens a second")
+    if monitor.count:
+        print(f"Gates     {monitor}")
+    print_attention_budget(reader.model.config, types)
 
 
 def ask_all(reader: Reader, title: str, video: Path, questions: list[dict]) -> None:
-    """Questions with known answers: a line each."""
+    """Questions with known answers: a line each. The video is read once."""
     print(f"\n{title}")
     width = max(len(asked["question"]) for asked in questions)
-    right = 0
+    right, reading = 0, reader.read(video)
     for asked in questions:
-        inputs = reader.read(video, asked["question"])
-        answer = " ".join(reader.generate(inputs).split())
+        answer, types = reader.ask(reading, video, asked["question"])
+        answer = " ".join(answer.split())
         is_right = parse_answer(answer, asked["choices"]) == asked["answer"]
         right += is_right
         verdict = "right" if is_right else f"wrong, it is {asked['answer']}"
         print(f"  {asked['kind']:<10}  {asked['question']:<{width}}  {answer:<7} {verdict}", flush=True)
-    print(f"  {right} of {len(questions)} right; {' + '.join(map(str, count_tokens(inputs)))} video and text tokens")
+    print(f"  {right} of {len(questions)} right; {' + '.join(map(str, count_tokens(types)))} video and text tokens")
 
 
-def count_tokens(inputs) -> tuple[int, int]:
+def count_tokens(types: torch.Tensor) -> tuple[int, int]:
     """Video and text tokens of the prompt."""
-    types = inputs["mm_token_type_ids"][0]
     return int((types != 0).sum()), int((types == 0).sum())
 
 
-def print_attention_budget(config, inputs) -> None:
+def print_attention_budget(config, types: torch.Tensor) -> None:
     if config.nsa_variant == "released":
         return  # the budget counts what the paper's attention computes
     settings = {key: getattr(config, key) for key in ("block_size", "block_counts", "window_size")}
-    budget = attention_budget(inputs["mm_token_type_ids"][0], **settings)
+    budget = attention_budget(types, **settings)
     print(f"Attention {budget.fraction:.1%} of the dense pairs of query and key ({', '.join(pairs(budget))})")
     if budget.fraction > 1:
         selected = f"{settings['block_counts']} blocks of {settings['block_size']}"
-        print(f"          (a video of {count_tokens(inputs)[0]} tokens is shorter than the {selected} that each token")
+        print(f"          (a video of {count_tokens(types)[0]} tokens is shorter than the {selected} that each token")
         print("          selects: savings begin beyond that)")
 
 

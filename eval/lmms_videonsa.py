@@ -22,6 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from budget_videonsa import check_positive
+from kv_budget_videonsa import kv_method as kv_method_of
 from modeling_videonsa import VideoNSAForConditionalGeneration
 from processing_videonsa import VideoNSAProcessor
 
@@ -57,6 +58,8 @@ class VideoNSA(lmms):
         system_prompt: text or file; default: the task's, else the chat template's.
         video_cache: answer requests about the same video from one KV cache. In float32 greedy answers are the same
             without. Has no effect where the checkpoint's `nsa_variant` is "released", which reads prompts whole.
+        kv_budget, kv_method: of `model.read`: what the cache keeps of each prompt with images or videos, which are then
+            read one at a time; default: everything.
         decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
         allow_text_only: accept prompts without image or video.
     Raises:
@@ -89,6 +92,8 @@ class VideoNSA(lmms):
         max_total_tokens: int | None = None,
         system_prompt: str | None = None,
         video_cache: bool = True,
+        kv_budget: float | int | None = None,
+        kv_method: str | None = None,
         decode_workers: int = 2,
         allow_text_only: bool = False,
         **unknown: Any,
@@ -124,6 +129,14 @@ class VideoNSA(lmms):
             raise ValueError(f"`max_num_frames` = {max_num_frames!r} limits `fps`, not `num_frames` = {num_frames!r}")
         if device is not None and device_map is not None:
             raise ValueError(f"`device` = {device!r} and `device_map` = {device_map!r} exclude each other")
+        reading = {"kv_budget": kv_budget, "kv_method": kv_method}
+        reading = {name: value for name, value in reading.items() if value is not None}
+        if kv_method is not None and kv_budget is None:
+            raise ValueError(f"`kv_method` = {kv_method!r} needs a `kv_budget`, such as 0.12")
+        if kv_budget is not None:
+            kv_method_of(kv_method or "pyramidkv", kv_budget, num_layers=1)
+            if not video_cache:
+                raise ValueError(f"`kv_budget` = {kv_budget!r} contradicts `video_cache` = False: it is of that cache")
         if tokens_per_frame is not None:
             if max_pixels is not None or min_pixels is not None:
                 raise ValueError(f"`tokens_per_frame` = {tokens_per_frame} sets `min_pixels` and `max_pixels` itself")
@@ -171,7 +184,10 @@ class VideoNSA(lmms):
         processor = processor_class.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
         # Contradictions are found now, not at the first video.
         processor.plan_video(np.zeros((4, 56, 56, 3), np.uint8), **options)
-        self.inference = Inference(self.model, processor, options)
+        self.inference = Inference(self.model, processor, options, reading)
+        self.kv_budget = kv_budget
+        if kv_budget is not None and self.inference.reads_prompts_whole:
+            raise ValueError(f"`kv_budget` = {kv_budget!r}: with nsa_variant='released', prompts are read whole")
         self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
         # What the released variant computes of a video depends on the whole prompt.
         self.video_cache = video_cache and not self.inference.reads_prompts_whole
@@ -253,11 +269,12 @@ class VideoNSA(lmms):
             run: from the numbers of questions, their inputs, and the token types of what the only one is about, or
                 `None` for a batch, to their answers.
         """
-        jobs = plan_jobs(self._what_they_share(questions), [q.batch_key for q in questions], self.batch_size)
+        shared, keys = self._what_they_share(questions), [question.batch_key for question in questions]
+        jobs = plan_jobs(shared, keys, self.batch_size, read_all=self.kv_budget is not None)
         results = [None] * len(questions)
         with tqdm(total=len(questions), disable=self.rank != 0, desc="Answering") as bar:
             for job, inputs in self._prepared(jobs, questions):
-                if job.shares_video:
+                if job.is_read:
                     reading = self.inference.read(questions[job.indices[0]].messages())
                     for index in job.indices:
                         with reading.prompt(questions[index].messages()) as inputs:
@@ -272,6 +289,8 @@ class VideoNSA(lmms):
         return results
 
     def _what_they_share(self, questions: Sequence["_Question"]) -> list[tuple | None]:
+        if self.kv_budget is not None:
+            return [self._what_is_read(index, question) for index, question in enumerate(questions)]
         shared: list[tuple | None] = [None] * len(questions)
         without_files = set()  # tasks whose documents hold pictures, which are not loaded twice
         for index, question in enumerate(questions):
@@ -281,11 +300,20 @@ class VideoNSA(lmms):
                     without_files.add(question.task)
         return shared
 
+    def _what_is_read(self, index: int, question: "_Question") -> tuple | None:
+        """What a question has in common with others, or itself alone; `None` for prompts of text."""
+        messages = question.messages()
+        if all(part["type"] == "text" for message in messages for part in message["content"]):
+            return None
+        if not question.may_share:
+            raise ValueError(f"`kv_budget` = {self.kv_budget!r}: no answer with {question.batch_key} from a kept cache")
+        return shared_part(messages) or ("alone", index)
+
     def _prepared(self, jobs: Sequence[Job], questions: Sequence["_Question"]) -> Iterator[tuple[Job, dict]]:
         """Jobs with what their prompts become, prepared ahead by `decode_workers` threads; nothing for readings."""
 
         def prepare(job: Job) -> dict:
-            if job.shares_video:
+            if job.is_read:
                 return {}  # a reading decodes by itself, bit by bit
             return self.inference.prepare([questions[index].messages() for index in job.indices])
 

@@ -92,26 +92,29 @@ class Job:
 
     Attributes:
         indices: of the requests.
-        shares_video: they all start with the same media, and are answered one after the other from one KV cache;
+        is_read: they all start with the same media, and are answered one after the other from one reading of these;
             otherwise they form a batch.
     """
 
     indices: tuple[int, ...]
-    shares_video: bool
+    is_read: bool
 
 
-def plan_jobs(shared: Sequence[tuple | None], settings: Sequence[str], batch_size: int) -> list[Job]:
+def plan_jobs(
+    shared: Sequence[tuple | None], settings: Sequence[str], batch_size: int, read_all: bool = False
+) -> list[Job]:
     """Requests about the same media together, the others in batches of equal settings, in the order of the first.
 
     Args:
         shared: for each request what it may have in common with others (`shared_part`), or `None`.
         settings: for each request what must be equal within a batch.
+        read_all: what one request alone starts with is read too.
     """
     groups: dict[Any, list[int]] = {}
     for index, key in enumerate(shared):
         if key is not None:
             groups.setdefault(key, []).append(index)
-    jobs = [Job(tuple(group), True) for group in groups.values() if len(group) > 1]
+    jobs = [Job(tuple(group), True) for group in groups.values() if len(group) > 1 or read_all]
     taken = {index for job in jobs for index in job.indices}
     batches: dict[str, list[int]] = {}
     for index, setting in enumerate(settings):

@@ -80,7 +80,13 @@ def test_lmms_eval_finds_the_model():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"video_cache": False, "batch_size": 4}, {"batch_size": 3, "decode_workers": 0}, {"trust_remote_code": True}],
+    [
+        {},
+        {"video_cache": False, "batch_size": 4},
+        {"batch_size": 3, "decode_workers": 0},
+        {"trust_remote_code": True},
+        {"kv_budget": 1.0},
+    ],
     ids=str,
 )
 def test_answers_do_not_depend_on_batches_or_the_video_cache(checkpoint, expected, task_manager, arguments):
@@ -92,6 +98,21 @@ def test_answers_do_not_depend_on_batches_or_the_video_cache(checkpoint, expecte
     assert 0 < counts["attention_share"] < 1
     assert counts["attention"] == {"nsa_mode": "sparse", "block_size": 4, "block_counts": 2, "window_size": 5}
     assert results["configs"]["synthetic_needle"]["task"] == "synthetic_needle"
+
+
+@pytest.mark.parametrize("method", ["pyramidkv", "streamingllm"])
+def test_a_budget_holds_for_every_prompt_with_media(checkpoint, videos, method):
+    """Also for a video that is asked about once; the answers are those of a reading."""
+    budget = {"kv_budget": 0.9, "kv_method": method}
+    model = make_model(checkpoint, allow_text_only=True, batch_size=2, **budget)
+    about_videos = [about(videos[number], question) for number, question in ((0, QUESTIONS[0]), (1, QUESTIONS[1]))]
+    text = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    results = texts(model.generate_until([request(model, one) for one in (about_videos[0], text, about_videos[1])]))
+    for result, messages in zip(results[::2], about_videos, strict=True):
+        options = model.inference.video_options | budget
+        reading = model.model.read(model.inference.own_processor, to_messages(messages), **options)
+        assert len(reading.cache_types) < reading.num_tokens
+        assert reading.ask(max_new_tokens=6).text == result
 
 
 def test_each_video_is_read_once(model, videos, monkeypatch):
