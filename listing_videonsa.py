@@ -315,7 +315,7 @@ class VideoFile:
         while True:
             try:
                 packet = next(demuxed, None)
-            except (av.FFmpegError, OSError, ValueError) as error:  # of files in memory, Python's own
+            except (av.FFmpegError, OSError, ValueError, IndexError) as error:  # Python's: files in memory, late streams
                 raise DamagedVideoError(f"{self.name}: cannot be read to its end: {error}") from error
             if packet is None:
                 return
