@@ -58,7 +58,13 @@ def is_refused(name: str, value: Any) -> bool:
 
 def call_keywords(processor: Any) -> set[str]:
     """What a call of the processor takes besides texts, images and videos."""
-    keywords = {*OWN_OPTIONS, "return_mm_token_type_ids", "return_text_replacement_offsets", "common_kwargs"}
+    keywords = {
+        *OWN_OPTIONS,
+        "stream_videos",
+        "return_mm_token_type_ids",
+        "return_text_replacement_offsets",
+        "common_kwargs",
+    }
     for kwargs in (TextKwargs, ProcessingKwargs, ImagesKwargs, VideosKwargs):
         keywords |= set(kwargs.__annotations__)
     return keywords | _valid(processor.image_processor, ImagesKwargs) | _valid(processor.video_processor, VideosKwargs)

@@ -55,6 +55,7 @@ try:
     from .pictures_videonsa import WHITE, as_array, check_values, flatten_images, read_picture
     from .pixels_videonsa import PlainVideoProcessor
     from .serving_videonsa import bad_request, drop_guesses, is_server_call, register
+    from .streams_videonsa import UnreadFrames, VideoStream
 except ImportError:  # `import processing_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -88,6 +89,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
     from pictures_videonsa import WHITE, as_array, check_values, flatten_images, read_picture
     from pixels_videonsa import PlainVideoProcessor
     from serving_videonsa import bad_request, drop_guesses, is_server_call, register
+    from streams_videonsa import UnreadFrames, VideoStream
 
 logger = logging.get_logger(__name__)
 
@@ -300,6 +302,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         video_metadata: Any = None,
         do_sample_frames: bool | None = None,
         return_metadata: bool = False,
+        stream_videos: bool = False,
         **kwargs: Unpack[ProcessingKwargs],
     ):
         """Tokenise prompts and prepare their images and videos for `model.generate(**inputs)`.
@@ -320,6 +323,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             do_sample_frames: False takes every frame of every video, and never leaves one out. True samples frames that
                 were sampled before once more, by their `video_metadata`.
             return_metadata: add `video_metadata` and `video_plans` (lists) to the result; remove them for `generate`.
+            stream_videos: decode nothing yet. The result has `video_streams`, a list of `VideoStream`, in the place of
+                `pixel_values_videos`; `model.read` goes through them bit by bit.
             kwargs: transformers' keywords for text, images and videos. For videos, `size`, `min_pixels` and
                 `max_pixels` are other names of the pixel limits.
         Returns:
@@ -374,7 +379,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             # What the video processor would do, but frame by frame where a file is read.
             return self._resize(frames, plan.height, plan.width, resizing["resample"])
 
-        frames = [clip.read(plan, resize) for clip, plan in zip(clips, plans, strict=True)]
+        streams = [VideoStream(clip, plan, resize) for clip, plan in zip(clips, plans, strict=True)]
+        if stream_videos:
+            frames = [stream.unread() for stream in streams]
+        else:
+            frames = [clip.read(plan, resize) for clip, plan in zip(clips, plans, strict=True)]
         metadata = [clip.metadata(plan) for clip, plan in zip(clips, plans, strict=True)]
         kwargs["videos_kwargs"] |= {
             "do_resize": False,
@@ -383,6 +392,8 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             "video_metadata": metadata,
         }
         outputs = super().__call__(images=images, text=text, videos=frames, **kwargs)
+        if stream_videos:
+            outputs["video_streams"] = streams
         if return_metadata:
             outputs["video_metadata"] = metadata
             outputs["video_plans"] = plans
@@ -439,8 +450,13 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             ]
             for frames in videos
         ]
+        is_streamed = isinstance(videos[0], UnreadFrames)
         pixels, done = None, 0
         for frames in videos:
+            if is_streamed:
+                frames.stream.temporal_patch_size = patches.temporal
+                frames.stream.cut = lambda part: processor([part], **kwargs)["pixel_values_videos"]
+                continue
             for part in frames.split(32 * patches.temporal):
                 rows = processor([part], **kwargs)["pixel_values_videos"]
                 if pixels is None:
@@ -448,7 +464,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
                 pixels[done : done + len(rows)] = rows
                 done += len(rows)
         processed = {
-            "pixel_values_videos": pixels,
+            **({} if is_streamed else {"pixel_values_videos": pixels}),
             "video_grid_thw": torch.tensor(grid),
             "second_per_grid_ts": [patches.temporal / entry.sampled_fps for entry in metadata],
         }

@@ -10,6 +10,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 from transformers import DynamicCache
 
+from generation_videonsa import CACHE_NAME
 from nsa_kernels.attention_budget import attention_budget
 
 from .prompts import GenerationSettings
@@ -118,7 +119,7 @@ class Inference:
         """Answer a batch of prompts, or one prompt whose beginning is in `cache`."""
         tokenizer = self.own_processor.tokenizer
         inputs = self._to_device(inputs)
-        options = settings.options if cache is None else settings.options | {"past_key_values": cache}
+        options = settings.options if cache is None else settings.options | {CACHE_NAME: cache}
         rows = self.model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **options)
         answers = rows[:, inputs["input_ids"].shape[1] :]
         several = len(rows) // len(inputs["input_ids"])  # num_return_sequences; the first counts
@@ -144,7 +145,7 @@ class Inference:
         before = []
         if cache is None and self.reads_prompts_whole:
             prompt = self.model(**inputs, use_cache=True, logits_to_keep=1)
-            cache, before = prompt.past_key_values, [prompt.logits]
+            cache, before = prompt[CACHE_NAME], [prompt.logits]
         device, prompts = inputs["input_ids"].device, len(continuations)
         most = max(map(len, continuations))
         ids = torch.zeros(prompts, most, dtype=torch.long, device=device)
@@ -159,7 +160,7 @@ class Inference:
         if cache is not None:
             # The media are in the cache, and positions continue from there.
             new = inputs["input_ids"][:, cache.get_seq_length() :]
-            inputs = {"input_ids": new, "attention_mask": inputs["attention_mask"], "past_key_values": cache}
+            inputs = {"input_ids": new, "attention_mask": inputs["attention_mask"], CACHE_NAME: cache}
         keep = most + 1 - len(before)
         after = self.model(**inputs, use_cache=cache is not None, logits_to_keep=keep).logits
         logits = torch.cat([*before, after], 1)[:, :-1].float()
@@ -189,7 +190,7 @@ class Inference:
             for name, value in self._to_device(inputs).items()
         }
         cache = DynamicCache(config=self.model.config.text_config)
-        self.model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(**start, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         kept = {name: value for name, value in start.items() if name not in _PIXELS}
         end = text.rindex(self.vision_end) + len(self.vision_end)
         return ReadVideo(text[:end], kept, cache)

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
-from conftest import ROOT, Prompts, build_config, build_model, build_released
+from conftest import ROOT, Prompts, build_config, build_model, build_released, checkpoint_activations
 from nsa_cases import Case, with_gradients
 from tiny_random import tiny_config, tiny_tokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 from triton_testing import DEVICE, HAS_TRITON
 
+from generation_videonsa import CACHE_NAME
 from nsa_kernels import (
     attention,
     compression,
@@ -436,17 +437,17 @@ def test_vision_tokens_that_join_a_cache(prompts):
                     inputs_embeds=embeds[:, part],
                     position_ids=positions[:, :, part],
                     mm_token_type_ids=inputs["mm_token_type_ids"][:, : part.stop],
-                    past_key_values=cache,
+                    **{CACHE_NAME: cache},
                     use_cache=True,
                 )
-                cache = output.past_key_values
+                cache = output[CACHE_NAME]
         outputs.append(output.logits)
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-11)
 
 
 def test_gradient_checkpointing(prompts):
     model, compiled = build_model().train(), build_model().train()
-    compiled.gradient_checkpointing_enable()
+    checkpoint_activations(compiled)
     graphs = compile_text_model(compiled, "aot_eager", fullgraph=True)
     # With a cache, transformers warns and so breaks the graph, Qwen2.5-VL's too.
     assert_same_results(model, compiled, prompts.one([5, VIDEO, 7]) | {"use_cache": False}, 1e-12)

@@ -4,11 +4,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 import convert_weights
 from checkpoints import damage_tensors, edit_json, first_shard, load_all, rewrite_header, snapshot
@@ -223,6 +224,12 @@ def test_overwrite_does_not_eat_what_is_not_a_checkpoint(pristine, tmp_path, mon
 
 def test_two_processes_do_not_share_an_output(pristine, tmp_path):
     (tmp_path / ".out.partial").mkdir()
-    with FileLock(tmp_path / ".out.partial" / "lock"), pytest.raises(ValueError, match="being written by another"):
-        convert(pristine["old"], tmp_path / "out")
+    # A process of its own: lmms-eval, where a test of this process has run it, lets a process take a lock twice.
+    hold = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".out.partial" / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        with pytest.raises(ValueError, match="being written by another"):
+            convert(pristine["old"], tmp_path / "out")
+        holder.communicate(b"\n")
     convert(pristine["old"], tmp_path / "out")

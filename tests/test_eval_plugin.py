@@ -15,6 +15,7 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 from tiny_random import save_tiny_qwen2_5_vl
 
+from generation_videonsa import CACHE_NAME
 from synthetic.scenes import KINDS
 from videonsa_eval.lmms_videonsa import VideoNSA, VideoNSASimple
 from videonsa_eval.prompts import GenerationSettings, Job, answer_in_rounds, plan_jobs, shared_part, to_messages
@@ -232,7 +233,7 @@ def test_released_checkpoints_read_each_prompt_whole(videos, tmp_path):
             step = model.model(**model.inference.prepare([to_messages(about(videos[0], question))]), use_cache=True)
             for token in choice:
                 expected -= float(step.logits[0, -1].log_softmax(-1)[token])
-                step = model.model(input_ids=torch.tensor([[token]]), past_key_values=step.past_key_values)
+                step = model.model(input_ids=torch.tensor([[token]]), **{CACHE_NAME: step[CACHE_NAME]})
         assert loss == pytest.approx(expected, abs=1e-4)
 
 

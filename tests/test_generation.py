@@ -1,5 +1,6 @@
 """`generate` and kept caches: every way to run the same prompt gives the same tokens and logits."""
 
+import copy
 import inspect
 
 import pytest
@@ -8,6 +9,8 @@ from conftest import build_model
 from nsa_cases import CountSynchronisations
 from transformers import DynamicCache, GenerationConfig, Qwen2Config, Qwen2ForCausalLM, StaticCache
 from transformers.generation import utils as generation_utils
+
+from generation_videonsa import CACHE_NAME
 
 LAYOUT = [5, ("video", 6, 4, 4), 3, ("image", 4, 4), 7]
 NEW_TOKENS = 8
@@ -154,7 +157,7 @@ def test_second_turn_with_a_new_video_on_a_kept_cache(greedy_model, prompts, cac
     first = prompts.one(LAYOUT)
     config = greedy_model.config.text_config
     cache = cache_class(config=config) if cache_class is DynamicCache else StaticCache(config=config, max_cache_len=160)
-    answer = generate(greedy_model, first, past_key_values=cache)
+    answer = generate(greedy_model, first, **{CACHE_NAME: cache})
 
     # The conversation goes on: the answer, a question, a second video, another question, all as the processor of the
     # whole conversation would give it.
@@ -172,7 +175,7 @@ def test_second_turn_with_a_new_video_on_a_kept_cache(greedy_model, prompts, cac
     seen_patches = []
     visual = greedy_model.model.visual
     handle = visual.register_forward_pre_hook(lambda module, args: seen_patches.append(args[0].shape[0]))
-    output = generate(greedy_model, whole, past_key_values=cache)
+    output = generate(greedy_model, whole, **{CACHE_NAME: cache})
     handle.remove()
     assert sorted(seen_patches) == [2 * 4, 5 * 4 * 4]  # the media in the cache were not encoded again
     assert_same(output, generate(greedy_model, whole))
@@ -184,7 +187,10 @@ def test_second_turn_with_a_new_video_on_a_kept_cache(greedy_model, prompts, cac
     extra = third["input_ids"].shape[1] - whole["input_ids"].shape[1]
     third["mm_token_type_ids"] = torch.nn.functional.pad(whole["mm_token_type_ids"], (0, extra))
     third["attention_mask"] = torch.ones_like(third["input_ids"])
-    assert_same(generate(greedy_model, third, past_key_values=cache), generate(greedy_model, third))
+    expected = generate(greedy_model, third)
+    grids_alone = {name: value for name, value in third.items() if not name.startswith("pixel_values")}
+    for inputs in (third, grids_alone):
+        assert_same(generate(greedy_model, inputs, **{CACHE_NAME: copy.deepcopy(cache)}), expected)
 
 
 def test_second_turn_by_plain_forward_calls(greedy_model, prompts):
@@ -197,10 +203,10 @@ def test_second_turn_by_plain_forward_calls(greedy_model, prompts):
     del first["attention_mask"], second["attention_mask"]
     with torch.no_grad():
         expected = greedy_model(**whole)
-        expected_next = greedy_model(input_ids=torch.tensor([[7]]), past_key_values=expected.past_key_values)
-        cache = greedy_model(**first).past_key_values
-        output = greedy_model(**(second | {"mm_token_type_ids": whole["mm_token_type_ids"]}), past_key_values=cache)
-        output_next = greedy_model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        expected_next = greedy_model(input_ids=torch.tensor([[7]]), **{CACHE_NAME: expected[CACHE_NAME]})
+        cache = greedy_model(**first)[CACHE_NAME]
+        output = greedy_model(**(second | {"mm_token_type_ids": whole["mm_token_type_ids"]}), **{CACHE_NAME: cache})
+        output_next = greedy_model(input_ids=torch.tensor([[7]]), **{CACHE_NAME: cache})
     length = second["input_ids"].shape[1]
     torch.testing.assert_close(output.logits, expected.logits[:, -length:], atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(output_next.logits, expected_next.logits, atol=1e-9, rtol=1e-9)
@@ -229,7 +235,7 @@ def test_conversations_go_on_with_the_first_calls_token_types(greedy_model, prom
             del whole["mm_token_type_ids"]
         else:
             whole["mm_token_type_ids"] = first["mm_token_type_ids"][:, : 1 if types == "of one token" else None]
-        assert_same(generate(greedy_model, whole, past_key_values=answer.past_key_values), expected)
+        assert_same(generate(greedy_model, whole, **{CACHE_NAME: answer[CACHE_NAME]}), expected)
         assert_same(generate(greedy_model, whole), expected)
         whole["mm_token_type_ids"] = first["mm_token_type_ids"][:, 1:]
         with pytest.raises(ValueError, match="`mm_token_type_ids` must have shape"):
@@ -250,17 +256,17 @@ def test_text_on_a_cache_takes_any_token_types(greedy_model, prompts, length, gi
     types = first["mm_token_type_ids"]
     lengths = {0, 3, 23} - ({length} if given == "embeddings" else set())
     with torch.no_grad():
-        expected = greedy_model(**inputs, past_key_values=greedy_model(**first).past_key_values).logits
+        expected = greedy_model(**inputs, **{CACHE_NAME: greedy_model(**first)[CACHE_NAME]}).logits
         for columns in lengths:
             short = torch.nn.functional.pad(types, (0, length))[:, :columns]
-            cache = greedy_model(**first).past_key_values
-            assert torch.equal(greedy_model(**inputs, mm_token_type_ids=short, past_key_values=cache).logits, expected)
+            cache = greedy_model(**first)[CACHE_NAME]
+            assert torch.equal(greedy_model(**inputs, mm_token_type_ids=short, **{CACHE_NAME: cache}).logits, expected)
         for wrong in (types[0], types.repeat(2, 1), types.repeat(1, 3), types.repeat(1, 3)[:, : 22 + length]):
             if wrong.shape[1:] == (23,) and len(wrong) == 1:
                 continue  # no wrong one with a single new token
-            cache = greedy_model(**first).past_key_values
+            cache = greedy_model(**first)[CACHE_NAME]
             with pytest.raises(ValueError, match="`mm_token_type_ids` must have shape"):
-                greedy_model(**inputs, mm_token_type_ids=wrong, past_key_values=cache)
+                greedy_model(**inputs, mm_token_type_ids=wrong, **{CACHE_NAME: cache})
 
 
 def test_media_on_a_cache_need_the_types_of_what_is_cached(greedy_model, prompts):
@@ -271,26 +277,24 @@ def test_media_on_a_cache_need_the_types_of_what_is_cached(greedy_model, prompts
     del second["attention_mask"]
     with torch.no_grad():
         outputs = [
-            greedy_model(
-                **(second | {"mm_token_type_ids": given}), past_key_values=greedy_model(**first).past_key_values
-            )
+            greedy_model(**(second | {"mm_token_type_ids": given}), **{CACHE_NAME: greedy_model(**first)[CACHE_NAME]})
             for given in (whole, types)
         ]
         assert torch.equal(outputs[0].logits, outputs[1].logits)
         for short in (types[:, :-1], second["mm_token_type_ids"]):
-            cache = greedy_model(**first).past_key_values
+            cache = greedy_model(**first)[CACHE_NAME]
             with pytest.raises(ValueError, match=r"`mm_token_type_ids` must cover the \d+ cached tokens too"):
-                greedy_model(**(second | {"mm_token_type_ids": short}), past_key_values=cache)
+                greedy_model(**(second | {"mm_token_type_ids": short}), **{CACHE_NAME: cache})
 
 
 def test_a_cache_that_ends_inside_a_video_is_refused_with_its_pixels(greedy_model, prompts):
     whole = prompts.one(LAYOUT)
     with torch.no_grad():
-        cache = greedy_model(
-            input_ids=whole["input_ids"][:, :9], mm_token_type_ids=torch.zeros(1, 9).long()
-        ).past_key_values
+        cache = greedy_model(input_ids=whole["input_ids"][:, :9], mm_token_type_ids=torch.zeros(1, 9).long())[
+            CACHE_NAME
+        ]
     with pytest.raises(ValueError, match="`past_key_values` ends inside"):
-        generate(greedy_model, whole, past_key_values=cache)
+        generate(greedy_model, whole, **{CACHE_NAME: cache})
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])

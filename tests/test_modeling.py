@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 import modeling_videonsa
-from modeling_videonsa import CACHE_NAME, VideoNSAAttention
+from generation_videonsa import CACHE_NAME
+from modeling_videonsa import VideoNSAAttention
 from nsa_kernels import reference, text_rows, utils
 from nsa_kernels.routing import VisionRouting
 
@@ -159,7 +160,7 @@ def test_dense_mode_is_qwen_to_the_last_bit(prompts, attn_implementation, dtype)
                 input_ids=step,
                 attention_mask=mask,
                 position_ids=step_positions,
-                past_key_values=output.past_key_values,
+                **{CACHE_NAME: output[CACHE_NAME]},
             ).logits
             for m, output in zip((model, twin), outputs, strict=True)
         ]
@@ -177,12 +178,12 @@ def test_dense_mode_takes_what_qwen_takes(prompts):
     with torch.no_grad():
         assert torch.equal(model(inputs_embeds=embeds).logits, twin(inputs_embeds=embeds).logits)
         logits = [
-            m(**second, position_ids=positions, past_key_values=m(**first).past_key_values).logits
-            for m in (model, twin)
+            m(**second, position_ids=positions, **{CACHE_NAME: m(**first)[CACHE_NAME]}).logits for m in (model, twin)
         ]
     assert torch.equal(*logits)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("mode", ["sparse", "released", "dense"])
 def test_the_cache_goes_by_either_name(prompts, mode):
     """`past_key_values`, or `cache` as in transformers 5.24 and later: every module fills and reads the one given."""
@@ -335,9 +336,9 @@ def test_autocast_with_text_in_the_cache_first(prompts):
     model = build_model(torch.float32, block_counts=10)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(**inputs).logits
-        cache = model(input_ids=inputs["input_ids"][:, :5]).past_key_values
+        cache = model(input_ids=inputs["input_ids"][:, :5])[CACHE_NAME]
         rest = inputs | {"input_ids": inputs["input_ids"][:, 5:]}
-        output = model(**rest, past_key_values=cache).logits
+        output = model(**rest, **{CACHE_NAME: cache}).logits
     assert (output - expected[:, 5:]).abs().mean() < 0.02 * expected.abs().mean()
 
 
@@ -506,9 +507,9 @@ def test_wrong_inputs_are_named(model, prompts):
     with pytest.raises(ValueError, match="packs several samples"):
         model(**inputs, cu_seq_lens_q=torch.tensor([0, 20, 47]))
     with torch.no_grad():
-        cache = model(input_ids=torch.arange(5)[None]).past_key_values
+        cache = model(input_ids=torch.arange(5)[None])[CACHE_NAME]
     with pytest.raises(ValueError, match="`mm_token_type_ids` must cover the 5 cached tokens"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE_NAME: cache})
 
 
 def test_the_repository_root_is_the_7b_model():

@@ -5,6 +5,7 @@ import torch
 from conftest import build_model, build_released
 from transformers import StaticCache
 
+from generation_videonsa import CACHE_NAME
 from positions_videonsa import mrope_position_ids
 
 LONG_VIDEO = ("video", 40, 4, 6)  # 40 steps of 2 x 3 tokens
@@ -172,10 +173,10 @@ def test_a_plain_loop_over_forward_continues_the_prompts_positions(prompts, monk
     seen = record_positions(model, monkeypatch)
     mask = inputs["attention_mask"]
     with torch.no_grad():
-        cache = model(**inputs).past_key_values
+        cache = model(**inputs)[CACHE_NAME]
         for _ in range(3):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=cache)
+            model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, **{CACHE_NAME: cache})
     assert [position_ids[0, :, -1].tolist() for position_ids in seen] == [[85 + step, 91 + step] for step in range(4)]
 
 
@@ -185,17 +186,17 @@ def test_each_cache_keeps_its_own_positions(prompts):
     first, second = prompts.one([3, LONG_VIDEO, 4]), prompts.one([3, ("video", 4, 4, 6), 9], seed=1)
     token = torch.tensor([[7]])
     with torch.no_grad():
-        cache = model(**first).past_key_values
-        expected = model(input_ids=token, past_key_values=cache).logits
-        cache = model(**first).past_key_values
-        other = model(**second).past_key_values
-        torch.testing.assert_close(model(input_ids=token, past_key_values=cache).logits, expected, atol=0, rtol=0)
+        cache = model(**first)[CACHE_NAME]
+        expected = model(input_ids=token, **{CACHE_NAME: cache}).logits
+        cache = model(**first)[CACHE_NAME]
+        other = model(**second)[CACHE_NAME]
+        torch.testing.assert_close(model(input_ids=token, **{CACHE_NAME: cache}).logits, expected, atol=0, rtol=0)
 
         # A text-only turn of `generate`, without the grids of what is cached.
         model(**second)
         ids = torch.cat([first["input_ids"], token, token], dim=1)
         options = {"max_new_tokens": 3, "do_sample": False}
-        generated = model.generate(input_ids=ids, past_key_values=cache, **options)
+        generated = model.generate(input_ids=ids, **{CACHE_NAME: cache}, **options)
         whole = first | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         whole["mm_token_type_ids"] = torch.nn.functional.pad(first["mm_token_type_ids"], (0, 2))
         assert torch.equal(generated, model.generate(**whole, **options))
@@ -210,11 +211,11 @@ def test_vision_tokens_join_a_padded_text_cache(prompts, monkeypatch):
     mask = torch.cat([first["attention_mask"], second["attention_mask"]], dim=1)
     types = torch.cat([first["mm_token_type_ids"], second["mm_token_type_ids"]], dim=1)
     with torch.no_grad():
-        cache = model(input_ids=first["input_ids"], attention_mask=first["attention_mask"]).past_key_values
+        cache = model(input_ids=first["input_ids"], attention_mask=first["attention_mask"])[CACHE_NAME]
         seen = record_positions(model, monkeypatch)
-        model(**(second | {"attention_mask": mask, "mm_token_type_ids": types}), past_key_values=cache)
+        model(**(second | {"attention_mask": mask, "mm_token_type_ids": types}), **{CACHE_NAME: cache})
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, past_key_values=cache)
+        model(input_ids=torch.tensor([[7], [8]]), attention_mask=mask, **{CACHE_NAME: cache})
     # The text turn counted its padding: both rows go on at 6. The video's largest position is 8 + 78.
     assert seen[0][0, :, :3].tolist() == [[6, 7, 8]] * 2
     assert seen[0][0, :, -3:].tolist() == [[87, 88, 89]] * 2
@@ -226,7 +227,7 @@ def test_a_mask_as_long_as_a_static_cache(prompts):
     cache = StaticCache(config=model.config.text_config, max_cache_len=260)
     long_mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 260 - 247))
     with torch.no_grad():
-        output = model(**(inputs | {"attention_mask": long_mask}), past_key_values=cache).logits
+        output = model(**(inputs | {"attention_mask": long_mask}), **{CACHE_NAME: cache}).logits
         torch.testing.assert_close(output, model(**inputs).logits, atol=1e-9, rtol=1e-9)
 
 
@@ -235,6 +236,6 @@ def test_a_text_prompt_forgets_the_positions_of_the_video_before(prompts, monkey
     with torch.no_grad():
         model(**prompts.one([3, LONG_VIDEO, 4]))
         seen = record_positions(model, monkeypatch)
-        cache = model(input_ids=torch.arange(5)[None]).past_key_values
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        cache = model(input_ids=torch.arange(5)[None])[CACHE_NAME]
+        model(input_ids=torch.tensor([[7]]), **{CACHE_NAME: cache})
     assert [position_ids[0, 0].tolist() for position_ids in seen] == [[0, 1, 2, 3, 4], [5]]

@@ -11,6 +11,7 @@ from released_oracle import oracle, oracle_blocks, sort_network
 from safetensors import safe_open
 from triton_testing import DEVICE, needs_triton
 
+from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSATextConfig, VideoNSATextModel
 from nsa_kernels import released
 from nsa_kernels.released import TokenLayout, released_attention, released_block_indices
@@ -114,7 +115,7 @@ def test_golden_prompt_and_decoding_steps():
             model(
                 inputs_embeds=embeds[:, step],
                 position_ids=positions[..., step],
-                past_key_values=cache.past_key_values,
+                **{CACHE_NAME: cache[CACHE_NAME]},
             )
     output = torch.cat(outputs, dim=1)[0, tensors["rows"]]
     torch.testing.assert_close(output, tensors["attn_output"], atol=1e-5, rtol=0)

@@ -16,6 +16,7 @@ from transformers import StaticCache
 from transformers.generation import utils as generation_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSAAttention
 from nsa_kernels import released
 
@@ -198,7 +199,7 @@ def test_generate_is_one_prompt_and_dense_steps(model, prompts, batch):
                 assert token == output.sequences[sample, batch["input_ids"].shape[1] + i]
                 # Not only the model's own position of the step: this one.
                 position_ids = torch.full((3, 1, 1), next_position + i)
-                step = model(input_ids=token, past_key_values=step.past_key_values, position_ids=position_ids)
+                step = model(input_ids=token, **{CACHE_NAME: step[CACHE_NAME]}, position_ids=position_ids)
 
 
 @pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"prefill_chunk_size": 512}], ids=str)
@@ -237,18 +238,18 @@ def test_vision_tokens_cannot_join_a_cache(model, prompts, first):
     message = "`past_key_values` holds .* tokens, and vision tokens cannot join them"
     for changed in ({}, {"position_ids": positions(model, second) + 20}):
         with torch.no_grad():
-            cache = model(**first).past_key_values
+            cache = model(**first)[CACHE_NAME]
         with pytest.raises(ValueError, match=message):
-            model(**(second | changed | {"mm_token_type_ids": types}), past_key_values=cache)
+            model(**(second | changed | {"mm_token_type_ids": types}), **{CACHE_NAME: cache})
     # By positions alone, and a single token by its type.
     embeds = torch.zeros(1, second["input_ids"].shape[1], 448, dtype=torch.float64)
     with torch.no_grad():
-        cache = model(**first).past_key_values
+        cache = model(**first)[CACHE_NAME]
     with pytest.raises(ValueError, match=message):
-        model(inputs_embeds=embeds, position_ids=positions(model, second), past_key_values=cache)
+        model(inputs_embeds=embeds, position_ids=positions(model, second), **{CACHE_NAME: cache})
     types = torch.nn.functional.pad(first["mm_token_type_ids"], (0, 1), value=2)
     with pytest.raises(ValueError, match=message):
-        model(inputs_embeds=embeds[:, :1], mm_token_type_ids=types, past_key_values=cache)
+        model(inputs_embeds=embeds[:, :1], mm_token_type_ids=types, **{CACHE_NAME: cache})
 
 
 def test_a_text_turn_on_a_kept_cache_is_dense(model, prompts):
@@ -256,11 +257,11 @@ def test_a_text_turn_on_a_kept_cache_is_dense(model, prompts):
     first = prompts.one(LAYOUT)
     more = torch.tensor([[7, 8, 9]])
     with torch.no_grad():
-        cache = model(**first).past_key_values
-        together = model(input_ids=more, past_key_values=cache).logits
-        cache = model(**first).past_key_values
+        cache = model(**first)[CACHE_NAME]
+        together = model(input_ids=more, **{CACHE_NAME: cache}).logits
+        cache = model(**first)[CACHE_NAME]
         for i in range(3):
-            one = model(input_ids=more[:, i : i + 1], past_key_values=cache).logits
+            one = model(input_ids=more[:, i : i + 1], **{CACHE_NAME: cache}).logits
             torch.testing.assert_close(one[0, 0], together[0, i], atol=1e-9, rtol=1e-9)
 
 
@@ -313,7 +314,7 @@ def test_a_mask_as_long_as_a_static_cache(model, prompts):
     cache = StaticCache(config=model.config.text_config, max_cache_len=80)
     long_mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 80 - inputs["input_ids"].shape[1]))
     with torch.no_grad():
-        output = model(**(inputs | {"attention_mask": long_mask}), past_key_values=cache).logits
+        output = model(**(inputs | {"attention_mask": long_mask}), **{CACHE_NAME: cache}).logits
         torch.testing.assert_close(output, model(**inputs).logits, atol=1e-9, rtol=1e-9)
 
 

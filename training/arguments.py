@@ -107,6 +107,9 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("`output_dir` is needed: where checkpoints and the result go")
+        # The same by its name in later versions of transformers, which warn of this one.
+        if getattr(self, "activation_checkpointing", False) is None:
+            self.activation_checkpointing, self.gradient_checkpointing = self.gradient_checkpointing, None
         super().__post_init__()
         if not self.model:
             raise ValueError("`model` is needed: a VideoNSA checkpoint, see convert_weights.py")

@@ -1,0 +1,622 @@
+"""A long video, read once in bounded memory, and asked as often as one likes.
+
+`model.read(processor, "film.mp4", fps=1)` goes through the video bit by bit: a thread decodes frames and cuts patches
+while the model encodes those before and runs its decoder layers over them. Nothing grows with the video but the
+key-value cache. `reading.ask("...")` answers from that cache, again and again; `extend` adds footage to it, and `save`
+keeps it (`reading_files_videonsa.py`).
+
+The cache holds the prompt up to its last vision token. What ends the video and asks the question is fed by `ask`, and
+taken back after the answer; so footage that arrives later continues the video where it ended. Answers are those of
+`generate` with the whole prompt: vision tokens see only vision tokens before them, and text all tokens before it,
+however a prompt is cut into chunks.
+"""
+
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers.utils import logging
+
+try:
+    from .cache_videonsa import RoomyCache, restore_, state_of
+    from .configuration_videonsa import NSA_FIELDS
+    from .prompt_videonsa import (
+        Ahead,
+        OpenVideo,
+        Piece,
+        Prompt,
+        ReadingPlan,
+        check_length,
+        kind_of,
+        split,
+        stream_pieces,
+        up_to_media,
+    )
+    from .reading_files_videonsa import load_reading, media_fingerprint, save_reading
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from cache_videonsa import RoomyCache, restore_, state_of
+    from configuration_videonsa import NSA_FIELDS
+    from prompt_videonsa import (
+        Ahead,
+        OpenVideo,
+        Piece,
+        Prompt,
+        ReadingPlan,
+        check_length,
+        kind_of,
+        split,
+        stream_pieces,
+        up_to_media,
+    )
+    from reading_files_videonsa import load_reading, media_fingerprint, save_reading
+
+logger = logging.get_logger(__name__)
+
+CHUNK_TOKENS = 1024
+_SPARE_TOKENS = 1024  # room in the cache for a question and its answer
+
+
+@dataclass(frozen=True)
+class ReadingProgress:
+    """How far a reading is: frames and tokens of how many, seconds it took, and seconds expected for the rest."""
+
+    frames: int
+    total_frames: int
+    tokens: int
+    total_tokens: int
+    seconds: float
+    remaining: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: without special tokens.
+        token_ids: as generated.
+        prompt_tokens: tokens that were fed for it: the question, not the video.
+        seconds: it took.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = field(repr=False)
+    prompt_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class ReadingMixin:
+    """`read`, `plan_reading` and `load_reading` of a model."""
+
+    def read(
+        self,
+        processor,
+        messages_or_video: Any,
+        *,
+        chunk_tokens: int = CHUNK_TOKENS,
+        cache=None,
+        progress: bool = True,
+        callback: Callable[[ReadingProgress], Any] | None = None,
+        **options,
+    ) -> "Reading":
+        """Read a prompt up to its last image or video, in memory that does not grow with it but for the cache.
+
+        Args:
+            processor: the `VideoNSAProcessor` of the checkpoint.
+            messages_or_video: a conversation, whose text behind the last image or video is what `ask()` asks; or one
+                video in any form that the processor takes: a path, the bytes of a file, frames, an array.
+            chunk_tokens: tokens that go through the model at a time. More are faster on a GPU and take more memory.
+            cache: an empty cache of transformers' to use, such as a `QuantizedCache`.
+            progress: show a progress bar where it takes longer than two seconds.
+            callback: called after each chunk with a `ReadingProgress`. To stop, it raises an error.
+            options: of the processor: `fps`, `num_frames`, `max_frames`, `max_pixels_per_frame`, and so on.
+        Returns:
+            the `Reading`.
+        Raises:
+            ValueError: bad options; no image or video; a video that cannot be read; a prompt longer than the model's
+                positions; a model with nsa_variant="released", which reads prompts whole.
+
+        Whatever stops it on the way (an error in a file, Ctrl-C, the callback), the exception has what was read until
+        then as its attribute `reading`, if that is anything.
+        """
+        prompt = Prompt(self, processor, messages_or_video, chunk_tokens, options)
+        if cache is None:
+            cache = RoomyCache(self.config.text_config.num_hidden_layers, prompt.length + _SPARE_TOKENS)
+        elif cache.get_seq_length() or cache.is_compileable:
+            raise ValueError(f"`cache` must be empty and grow, got {type(cache).__name__} of {cache.get_seq_length()}")
+        reading = Reading(self, processor, prompt.plan(), prompt, cache)
+        reading._read(prompt, progress, callback)
+        return reading
+
+    def plan_reading(
+        self, processor, messages_or_video: Any, *, chunk_tokens: int = CHUNK_TOKENS, **options
+    ) -> ReadingPlan:
+        """What `read` with these arguments would do. Of video files, packets are listed and one frame is decoded."""
+        return Prompt(self, processor, messages_or_video, chunk_tokens, options).plan()
+
+    def load_reading(self, folder: str | os.PathLike, processor=None, messages_or_video: Any = None) -> "Reading":
+        """What `Reading.save` wrote, to be asked on.
+
+        Args:
+            folder: as given to `save`.
+            processor: of the checkpoint; by default it is loaded from where this model came from.
+            messages_or_video: where given, it is checked that these media were read.
+        Raises:
+            ValueError: not a folder that `save` wrote; or it was read with other weights, settings or media.
+        """
+        return load_reading(Reading, self, folder, processor, messages_or_video)
+
+
+def attention_settings(model) -> dict[str, Any]:
+    """What of a model's configuration decides the numbers in a cache."""
+    return {name: getattr(model.config, name) for name in sorted(NSA_FIELDS) if name != "nsa_backend"}
+
+
+# One answer or reading at a time on a model, which keeps the positions of the prompt it works on.
+_LOCKS: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
+_LOCKS_LOCK = threading.Lock()
+
+
+class Reading:
+    """What a model has read; made by `model.read`.
+
+    Threads may share a reading, and readings of one model: whatever they ask is answered one after the other. (A
+    `model.generate` of somebody else at the same time is not kept apart.)
+
+    Attributes:
+        model, processor: that read it.
+        plan: `ReadingPlan`.
+        cache: the key-value cache.
+        ids, types: (tokens,), the tokens that were read and said, and 0 for text, 1 for image, 2 for video tokens.
+        cache_types: types of the entries of the cache, of which a budget may have left fewer.
+        media: what was read, a description and a digest of each image and video.
+        seconds: of the last video that were read.
+    """
+
+    def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache):
+        self.model, self.processor, self.plan, self.cache = model, processor, plan, cache
+        self.settings, self._weights = attention_settings(model), _versions(model)
+        self.ids = torch.empty(0, dtype=torch.long)
+        self.types = torch.empty(0, dtype=torch.long)
+        self.cache_types = self.types
+        self.next_position = 0
+        self.video: OpenVideo | None = None
+        if prompt is not None:
+            self.text, self.base, self.whole = prompt.text, prompt.base, prompt.whole
+            self.media = [media_fingerprint(part) for part in prompt.media]
+        self._said: list[dict] | None = None  # the conversation that `ask(keep=True)` went on with
+        self._pending: list[int] = []  # its last tokens, if they are not in the cache
+        self._before_turns: tuple | None = None
+        self._state: tuple | None = None  # of a cache that cannot be cut, before the first question that was kept
+        self._is_busy = self._is_broken = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were read and said."""
+        return len(self.ids)
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.video is None else self.video.steps * self.video.seconds_per_step
+
+    def __repr__(self) -> str:
+        return f"Reading({self.num_tokens:,} tokens, {self.cache.get_seq_length():,} in the cache)"
+
+    def ask(
+        self,
+        question: Any = None,
+        *,
+        keep: bool = False,
+        streamer=None,
+        max_new_tokens: int = 256,
+        **generation,
+    ) -> Answer:
+        """Answer a question about what was read.
+
+        Args:
+            question: a text; or a list of text parts; or a whole conversation that begins with what was read; or
+                nothing, for what the prompt itself asked.
+            keep: go on from this turn: later questions see it and its answer, until `forget()`.
+            streamer: of transformers, gets tokens as they come.
+            max_new_tokens, generation: of `model.generate`; what its generation config does not say is greedy.
+        Raises:
+            ValueError: nothing is asked; something new is shown (`extend` takes footage); a setting of the model, its
+                weights or its device are not those of the reading; more than one answer is asked for.
+
+        After an error, and after Ctrl-C, the reading is as it was before.
+        """
+        start = time.perf_counter()
+        for name in ("num_beams", "num_return_sequences"):
+            if generation.get(name) not in (None, 1):
+                raise ValueError(f"`{name}` = {generation[name]!r}: a reading gives one answer at a time")
+        with self._exclusive():
+            messages, text, rest = self._continue(question)
+            state = state_of(self.cache)
+            is_kept = False
+            try:
+                inputs = self._inputs(rest)
+                if generation.get("stop_strings"):
+                    generation.setdefault("tokenizer", self.processor.tokenizer)
+                rows = self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generation)
+                if not isinstance(rows, torch.Tensor):
+                    raise ValueError("`return_dict_in_generate` = True: use `reading.prompt` with `model.generate`")
+                new = rows[0, inputs["input_ids"].shape[1] :].tolist()
+                answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+                if keep:
+                    self._keep(messages, text, rest, new, answer, state)
+                    is_kept = True
+            finally:
+                if not is_kept:
+                    restore_(self.cache, state)
+        return Answer(answer, tuple(new), len(rest), time.perf_counter() - start)
+
+    @contextmanager
+    def prompt(self, question: Any = None) -> Iterator[dict[str, Any]]:
+        """Inside, keywords for `model.generate` or `model` to go on from the cache with a question.
+
+        Args:
+            question: as in `ask`.
+        Returns:
+            `input_ids` and `attention_mask` (1, length), those of the cache included, and the cache.
+        """
+        with self._exclusive():
+            _, _, rest = self._continue(question)
+            state = state_of(self.cache)
+            try:
+                yield self._inputs(rest)
+            finally:
+                restore_(self.cache, state)
+
+    def forget(self) -> None:
+        """Go back to before the first question that was kept."""
+        with self._exclusive():
+            if self._said is None:
+                return
+            length, self.text, self.next_position = self._before_turns
+            added = self.num_tokens - length
+            if self._state is not None:
+                restore_(self.cache, self._state)
+            else:
+                _crop_(self.cache, [layer.get_seq_length() - added for layer in self.cache.layers])
+            self.ids, self.types = self.ids[:length], self.types[:length]
+            self.cache_types = self.cache_types[: len(self.cache_types) - added]
+            self._said, self._pending, self._before_turns, self._state = None, [], None, None
+
+    def conversation_state(self) -> dict[str, Any]:
+        """What of the conversation is kept on disk."""
+        names = ("text", "base", "whole", "_said", "_pending", "_before_turns")
+        return {name: getattr(self, name) for name in names}
+
+    def set_conversation_state(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+    def extend(
+        self,
+        video: Any,
+        *,
+        chunk_tokens: int | None = None,
+        progress: bool = True,
+        callback: Callable[[ReadingProgress], Any] | None = None,
+    ) -> None:
+        """Read on: footage that follows the last video where it ended, as from a camera.
+
+        Frames are brought to the size of that video. Files, and frames with `video_metadata`, are sampled at its rate;
+        other frames are taken as sampled at it.
+
+        Args:
+            video: as a video of `read`.
+            chunk_tokens, progress, callback: as in `read`; the first is that of `read` where it is not given.
+        Raises:
+            ValueError: nothing to go on from: the reading ends with an image, or with a conversation (`forget()` ends
+                it); the footage cannot be read. What was read of it until then stays.
+        """
+        with self._exclusive():
+            if self.video is None:
+                raise ValueError("the reading ends with an image: there is no video to extend")
+            if self._said is not None:
+                raise ValueError("the reading ends with a conversation that was kept: `forget()` it, then extend")
+            open_video, chunk = self.video, chunk_tokens or self.plan.chunk_tokens
+            stream = open_video.stream(self.processor, video)
+            before = open_video.tail
+            frames = len(stream.plan.frame_indices) + (before is not None)
+            steps = -(-frames // stream.temporal_patch_size)
+            first = open_video.steps - (before is not None)
+            tokens = open_video.step_tokens(self.model.config.vision_config.spatial_merge_size)
+            check_length(self.model, int(open_video.positions(self.model, 0, first + steps).max()) + 1)
+            if before is not None:
+                self._cut(self.num_tokens - tokens)
+                open_video.steps, open_video.tail = first, None
+            ids = torch.full((steps * tokens,), self.model.config.video_token_id)
+            positions = open_video.positions(self.model, first, first + steps)
+            merge = self.model.config.vision_config.spatial_merge_size**2
+            report = _Reporter(frames, len(ids), progress, callback)
+            pieces = stream_pieces(stream, open_video.size, chunk * merge, before)
+            start = self.num_tokens
+            try:
+                self._prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
+            finally:
+                whole = (self.num_tokens - start) // tokens
+                self._cut(start + whole * tokens)
+                open_video.steps = first + whole
+                if whole == steps:
+                    open_video.tail = self._tail
+
+    def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
+        """Keep the reading on disk; `model.load_reading(folder)` brings it back, next week or on another machine.
+
+        The folder holds `cache.safetensors` and `reading.json`, and appears when both are whole.
+
+        Args:
+            folder: to be made.
+            overwrite: replace a folder that `save` made before.
+        Raises:
+            ValueError: the folder exists, or the cache is one of transformers' that cannot be saved.
+        """
+        with self._exclusive():
+            save_reading(self, folder, overwrite)
+
+    # What follows is done under the model's lock.
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        with _LOCKS_LOCK:
+            lock = _LOCKS.setdefault(self.model, threading.RLock())
+        with lock:
+            if self._is_busy:
+                raise ValueError("the reading is in use: it was called from its own callback or streamer")
+            self._is_busy = True
+            try:
+                self._check_unchanged()
+                yield
+            finally:
+                self._is_busy = False
+
+    def _check_unchanged(self) -> None:
+        now = attention_settings(self.model)
+        for name, value in self.settings.items():
+            if now[name] != value:
+                raise ValueError(
+                    f"model.config.{name} is {now[name]!r}, and this was read with {value!r}: set it back, or read anew"
+                )
+        if _versions(self.model) != self._weights:
+            raise ValueError("the model's weights have changed since this was read: read anew")
+        if isinstance(self.cache, RoomyCache):
+            layers = self.model.model.language_model.layers
+            for index, (own, layer) in enumerate(zip(self.cache.layers, layers, strict=True)):
+                device = next(layer.parameters()).device
+                if own.keys is not None and device.type != "meta" and own.keys.device != device:
+                    raise ValueError(
+                        f"the reading's layer {index} is on {own.keys.device}, and the model's on {device}: move the "
+                        "model back, or save the reading and load it again"
+                    )
+
+    def _continue(self, question: Any) -> tuple[list[dict], str, list[int]]:
+        """(the conversation with this question, its text, its token ids from the end of the cache on)"""
+        messages = self._conversation(question)
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if not text.startswith(self.text):
+            raise ValueError(f"the prompt {text[:200]!r} does not begin with what was read, {self.text[-200:]!r}")
+        rest = text[len(self.text) :]
+        for token in (self.processor.image_token, self.processor.video_token):
+            if token in rest:
+                raise ValueError(f"`question` shows something new, {token}: `extend` takes footage, `read` anything")
+        # A special token ends what was read, so that the rest is tokenised as it would be in place.
+        return messages, text, self._pending + self.processor.tokenizer(rest, add_special_tokens=False)["input_ids"]
+
+    def _conversation(self, question: Any) -> list[dict]:
+        if question is None:
+            if self._said is not None or self.whole == self.base:
+                raise ValueError("`question` is missing: the prompt that was read asks nothing itself")
+            return self.whole
+        if isinstance(question, str):
+            question = [{"type": "text", "text": question}]
+        if not isinstance(question, (list, tuple)) or not question:
+            raise ValueError(f"`question` must be a text, parts of a message, or a conversation, got {question!r}")
+        if all(isinstance(part, Mapping) and "role" in part for part in question):
+            return split(question)[1]
+        if any(kind_of(part) for part in question):
+            raise ValueError("`question` shows an image or a video: `extend` takes footage, `read` anything")
+        if self._said is not None:
+            return [*self._said, {"role": "user", "content": list(question)}]
+        *before, last = self.base
+        return [*before, {**last, "content": [*last["content"], *question]}]
+
+    def _inputs(self, rest: Sequence[int]) -> dict[str, Any]:
+        check_length(self.model, self.next_position + len(rest))
+        device, length = self.model.get_input_embeddings().weight.device, self.cache.get_seq_length()
+        # Positions are counted from the cache's length, which a budget may have made smaller.
+        delta = self.next_position - length
+        self.cache.mrope_deltas = torch.tensor([[delta]], device=device)
+        ids = torch.cat([self._ids_in_cache(length), torch.tensor(rest, dtype=torch.long)])[None].to(device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": self.cache}
+
+    def _ids_in_cache(self, length: int) -> torch.Tensor:
+        """Token ids for the entries of the cache, which only repetition penalties look at."""
+        if length == len(self.ids):
+            return self.ids
+        order = torch.cat([(self.types == 0).nonzero(), (self.types != 0).nonzero()]).squeeze(-1)
+        return self.ids[order[:length].sort().values]
+
+    def _keep(self, messages, text, rest, new, answer, state) -> None:
+        """Go on from an answer."""
+        if self._said is None:
+            self._before_turns = len(self.ids), self.text, self.next_position
+            self._state = None if isinstance(self.cache, RoomyCache) else state
+        said = [*rest, *new][: self.cache.get_seq_length() - len(self.cache_types)]
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        self._pending = [token for token in [*rest, *new][len(said) :] if token not in ends]
+        self._append(torch.tensor(said), torch.zeros(len(said), dtype=torch.long))
+        self.next_position += len(said)
+        self.text = text + answer
+        self._said = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+    def _append(self, ids: torch.Tensor, types: torch.Tensor) -> None:
+        self.ids, self.types = torch.cat([self.ids, ids]), torch.cat([self.types, types])
+        self.cache_types = torch.cat([self.cache_types, types])
+
+    def _read(self, prompt: Prompt, progress: bool, callback) -> None:
+        report = _Reporter(prompt.num_frames, prompt.length, progress, callback)
+        with self._exclusive():
+            try:
+                self._prefill(prompt.ids, prompt.types, prompt.positions, prompt.pieces(), prompt.chunk_tokens, report)
+            except BaseException as error:
+                if self._keep_whole_media(prompt):
+                    error.reading = self
+                    if isinstance(error, ValueError):
+                        text = f"{error}; read until second {self.seconds:.2f}, see the error's `reading`"
+                        error.args = (text, *error.args[1:])
+                raise
+            self._open_last(prompt)
+
+    def _keep_whole_media(self, prompt: Prompt) -> bool:
+        """After an interruption, drop images and steps of a video that were read in part; whether anything is left."""
+        whole, end = [], 0
+        for span in prompt.spans():
+            done = min(span.tokens, self.num_tokens - span.start)
+            done -= done % (span.tokens if span.kind == 1 else span.step_tokens)
+            if done > 0:
+                whole.append(span)
+                end = span.start + done
+        if not whole or self._is_broken:
+            return False
+        self._cut(end)
+        self.text = up_to_media(self.processor, self.text, len(whole))
+        self.base, _ = split(self.whole, len(whole))
+        self.whole = self.base
+        self._open_last(prompt)
+        return True
+
+    def _open_last(self, prompt: Prompt) -> None:
+        """Remember the last video that was read, so that it can be extended."""
+        videos = [span for span in prompt.spans() if span.kind == 2 and span.start < self.num_tokens]
+        if self.types[-1] != 2 or (self.num_tokens - videos[-1].start) % videos[-1].step_tokens:
+            return
+        span, number = videos[-1], len(videos) - 1
+        plan = prompt.streams[number].plan
+        steps = (self.num_tokens - span.start) // span.step_tokens
+        self.video = OpenVideo(
+            start=int(prompt.positions[0, 0, span.start]),
+            size=tuple(span.grid[1:]),
+            height=plan.height,
+            width=plan.width,
+            steps=steps,
+            seconds_per_step=prompt.seconds[number],
+            fps=plan.fps,
+            tail=self._tail if steps == span.grid[0] else None,
+        )
+
+    def _prefill(self, ids, types, positions, pieces: Iterator[Piece], chunk_tokens: int, report: "_Reporter") -> None:
+        """Run the model over new tokens. After an error, what came before the chunk that failed is there.
+
+        Args:
+            ids, types: (tokens,); positions: (3, 1, tokens).
+            pieces: of their images and videos.
+        """
+        device = self.model.get_input_embeddings().weight.device
+        self._tail = None
+        ahead = Ahead(pieces)
+        with closing(ahead), closing(report), torch.no_grad():
+            arriving, features = iter(ahead), None
+            for start in range(0, len(ids), chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                embeds = self.model.get_input_embeddings()(ids[None, part].to(device))
+                is_vision = types[part] != 0
+                needed, frames = int(is_vision.sum()), 0
+                while needed > (0 if features is None else len(features)):
+                    piece = next(arriving)
+                    encoded = self._encode(piece)
+                    features = encoded if features is None else torch.cat([features, encoded])
+                    frames, self._tail = frames + piece.num_frames, piece.tail
+                if needed:
+                    embeds[0, is_vision.to(device)] = features[:needed].to(embeds)
+                    features = features[needed:]
+                self._run(embeds, positions[:, :, part], types[part])
+                self._append(ids[part], types[part])
+                self.next_position = max(self.next_position, int(positions[:, :, part].max()) + 1)
+                report(frames, len(types[part]))
+
+    def _encode(self, piece: Piece) -> torch.Tensor:
+        """(tokens, hidden_size)"""
+        tower = self.model.model.visual
+        device = next(tower.parameters()).device
+        outputs = self.model.model.get_video_features(piece.patches.to(device), piece.grid.to(device), return_dict=True)
+        return torch.cat(outputs.pooler_output)
+
+    def _run(self, embeds: torch.Tensor, positions: torch.Tensor, types: torch.Tensor) -> None:
+        state = state_of(self.cache) if isinstance(self.cache, RoomyCache) else None
+        length = self.cache.get_seq_length()
+        self.cache.mrope_deltas = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
+        try:
+            self.model.model(
+                inputs_embeds=embeds,
+                position_ids=positions.to(embeds.device),
+                mm_token_type_ids=torch.cat([self.cache_types, types])[None].to(embeds.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        except BaseException:
+            self._is_broken = state is None and not _crop_(self.cache, [length] * len(self.cache.layers))
+            if state is not None:
+                restore_(self.cache, state)
+            raise
+
+    def _cut(self, length: int) -> None:
+        """Forget the tokens from `length` on, where the cache has them as they came."""
+        if length < self.num_tokens == len(self.cache_types):
+            if not _crop_(self.cache, [length] * len(self.cache.layers)):
+                raise ValueError(
+                    f"{type(self.cache).__name__} cannot be cut to {length} of its {self.num_tokens} tokens"
+                )
+            self.ids, self.types = self.ids[:length], self.types[:length]
+            self.cache_types = self.cache_types[:length]
+
+
+def _crop_(cache, lengths: Sequence[int]) -> bool:
+    """Cut the layers of a cache to their lengths; whether that could be done."""
+    added = [layer.get_seq_length() - length for layer, length in zip(cache.layers, lengths, strict=True)]
+    if any(number > 0 and not hasattr(layer, "crop") for number, layer in zip(added, cache.layers, strict=True)):
+        return False
+    for number, layer in zip(added, cache.layers, strict=True):
+        if number > 0:
+            layer.crop(-number)
+    return all(layer.get_seq_length() <= length for layer, length in zip(cache.layers, lengths, strict=True))
+
+
+def _versions(model) -> tuple:
+    """Changes when a weight does: torch counts writes to a tensor, except to those of inference mode."""
+    return tuple((id(one), 0 if one.is_inference() else one._version) for one in model.parameters())
+
+
+class _Reporter:
+    """Progress of a reading: a bar, which appears after two seconds, and a callback."""
+
+    def __init__(self, frames: int, tokens: int, progress: bool, callback):
+        self._frames, self._tokens, self._callback = [0, frames], [0, tokens], callback
+        self._start = time.perf_counter()
+        self._bar = tqdm(total=tokens, desc="Reading", unit=" tokens", unit_scale=True, delay=2, disable=not progress)
+
+    def __call__(self, frames: int, tokens: int) -> None:
+        self._frames[0] += frames
+        self._tokens[0] += tokens
+        self._bar.update(tokens)
+        if self._callback is not None:
+            seconds = time.perf_counter() - self._start
+            done, total = self._tokens
+            self._callback(ReadingProgress(*self._frames, done, total, seconds, seconds / done * (total - done)))
+
+    def close(self) -> None:
+        self._bar.close()
