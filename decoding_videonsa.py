@@ -43,9 +43,6 @@ MAX_DAMAGED_SHARE = 0.1
 WAITING_BYTES = 16 << 20
 """Of pictures that wait to be resized together."""
 
-_SPARE_BYTES = 64 << 20
-"""Of decoded frames that may be shown in place of damaged ones."""
-
 _MAX_THREADS = 32  # libavcodec takes 16 at most by itself
 _MAX_REORDERED = 32  # H.264 and HEVC hold back 16 frames, decoders of AV1 8 more
 
@@ -58,27 +55,15 @@ Outcomes = list[tuple[int, Any]]
 
 
 class Picture:
-    """A frame, resized when it is asked for, together with others that wait for it."""
+    """A converted frame, which waits to be resized together with others until one of them is asked for."""
 
-    def __init__(self, pictures: "Pictures", frame: Any):
-        self._pictures, self._frame = pictures, frame
-        self.waiting: np.ndarray | None = None
+    def __init__(self, pictures: "Pictures", rgb: np.ndarray):
+        self._pictures = pictures
+        self.rgb: np.ndarray | None = rgb
         self.resized: np.ndarray | None = None
-
-    @property
-    def decoder_bytes(self) -> int:
-        """Of the decoder's memory that it holds."""
-        return 0 if self._frame is None else sum(plane.buffer_size for plane in self._frame.planes)
-
-    def convert(self) -> None:
-        """Give the decoder's memory back."""
-        if self._frame is not None:
-            self._pictures.convert(self, self._frame)
-            self._frame = None
 
     def array(self) -> np.ndarray:
         """(3, height, width) uint8."""
-        self.convert()
         if self.resized is None:
             self._pictures.finish()
         return self.resized
@@ -96,32 +81,23 @@ class Pictures:
         self._to_rgb, self._resize = to_rgb, resize
         self._waiting: list[Picture] = []
 
-    def later(self, frame: Any) -> Picture:
-        """A picture that is made if it is needed, and until then keeps the frame."""
-        return Picture(self, frame)
-
     def take(self, frame: Any) -> Picture:
-        """A picture, made now."""
-        picture = Picture(self, frame)
-        picture.convert()
+        """A picture of a frame, which is not kept: decoders fill what is lost with what is in the memory they reuse."""
+        picture = Picture(self, self._to_rgb(frame))
+        if self._waiting and self._waiting[0].rgb.shape != picture.rgb.shape:
+            self.finish()
+        self._waiting.append(picture)
+        if len(self._waiting) * picture.rgb.size >= WAITING_BYTES:
+            self.finish()
         return picture
 
-    def convert(self, picture: Picture, frame: Any) -> None:
-        """Have a picture wait to be resized."""
-        rgb = self._to_rgb(frame)
-        if self._waiting and self._waiting[0].waiting.shape != rgb.shape:
-            self.finish()
-        picture.waiting = rgb
-        self._waiting.append(picture)
-        if len(self._waiting) * rgb.size >= WAITING_BYTES:
-            self.finish()
-
     def finish(self) -> None:
+        """Resize what waits."""
         if self._waiting:
-            stacked = torch.from_numpy(np.stack([picture.waiting for picture in self._waiting]))
+            stacked = torch.from_numpy(np.stack([picture.rgb for picture in self._waiting]))
             resized = self._resize(stacked.permute(0, 3, 1, 2)).numpy()
             for picture, array in zip(self._waiting, resized, strict=True):
-                picture.waiting, picture.resized = None, array
+                picture.rgb, picture.resized = None, array
             self._waiting = []
 
 
@@ -155,7 +131,7 @@ class Decoder:
         self._may_skip = wanted is not None and codec == "h264"
         has_threads = self._may_flush and not careful
         self._decoder.thread_type = "AUTO" if has_threads else "SLICE"
-        # Counted in what comes out, not in packets: a decoder that leaves out pictures takes many packets for one.
+        # Counted in frames that come out, not in packets: pictures that are left out and errors push nothing out.
         self._delay = _MAX_REORDERED + (_MAX_THREADS if has_threads else 0)
         self._came_out = 0
         self._inside: deque[tuple[int, int]] = deque()  # packets, and what had come out when they went in
@@ -207,7 +183,6 @@ class Decoder:
         try:
             frames = self._decoder.decode(packet)
         except av.FFmpegError:
-            self._came_out += 1
             outcomes = [(self.fed, None)]
         else:
             self._came_out += len(frames)
@@ -369,15 +344,9 @@ class _Careful:
             if number in self._pending:
                 self.pictures[number] = self._store.take(frame)
             elif listing.position.get(number, -1) > self.shown:
-                self._spares[number] = self._store.later(frame)
+                self._spares[number] = self._store.take(frame)
         if len(self._spares) > 2 * _MAX_REORDERED:
             self._drop_spares()
-        held = sum(spare.decoder_bytes for spare in self._spares.values())
-        for spare in self._spares.values():
-            if held <= _SPARE_BYTES:
-                break
-            held -= spare.decoder_bytes
-            spare.convert()
 
     def _is_mark(self, number: int) -> bool:
         if number in self._marks.get(self._listing.group_of(number), ()):
@@ -402,7 +371,6 @@ class _Careful:
         """Say that a good frame is shown."""
         position = self._listing.position
         self.shown = position[number]
-        self.pictures.pop(number, None)
         self._spares = {n: spare for n, spare in self._spares.items() if position[n] > self.shown}
 
     def spare(self, number: int, choose: Callable[..., int]) -> Picture | None:
@@ -454,10 +422,14 @@ class _Passes:
         if picture is None:
             is_damaged = self._look_carefully(number)
             picture = None if is_damaged else self._careful.pictures.get(number)
+        return picture, is_damaged
+
+    def forget(self, number: int) -> None:
+        """Say that a frame is not wanted any more."""
         self._pending.discard(number)
+        self._careful.pictures.pop(number, None)
         if self._quick is not None:
             self._quick.pictures.pop(number, None)
-        return picture, is_damaged
 
     def _look_carefully(self, number: int) -> bool:
         try:
@@ -552,6 +524,8 @@ def read_in_order(
             for position, count in places.items():
                 number = listing.numbers[position]
                 picture, is_damaged = passes.look(number)
+                if position == listing.position[number]:  # the last of several in the rare packet of two frames
+                    passes.forget(number)
                 file.check_unchanged()
                 damage.add(second(position), count, is_damaged)
                 if damage.is_too_much:

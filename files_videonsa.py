@@ -85,9 +85,10 @@ class FileClip:
         return self._read(plan.frame_indices, (plan.height, plan.width), None, lambda frames: resize(frames, plan))
 
     def stream(self, plan: VideoPlan, resize: Resize, batch: int) -> Iterator[torch.Tensor]:
-        """The planned frames in their order, given out while the file is decoded: what is held in memory is a few dozen
-        frames beside a batch, however long the video is. Closing the iterator closes the file; any thread may go on
-        with it, one at a time.
+        """The planned frames in their order, given out while the file is decoded.
+
+        Beside a batch, a few dozen frames are in memory, however long the video is. Closing the iterator closes the
+        file; any thread may go on with it, one at a time.
 
         Args:
             batch: frames in a piece.

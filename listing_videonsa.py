@@ -315,7 +315,8 @@ class VideoFile:
         while True:
             try:
                 packet = next(demuxed, None)
-            except (av.FFmpegError, OSError, ValueError) as error:  # of files in memory, Python's own
+            except (av.FFmpegError, OSError, ValueError, IndexError) as error:
+                # Python's own errors come from files in memory, and of streams that begin late.
                 raise DamagedVideoError(f"{self.name}: cannot be read to its end: {error}") from error
             if packet is None:
                 return
