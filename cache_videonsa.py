@@ -12,6 +12,8 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 _GROWTH = 1.25
+SPARE_TOKENS = 1024
+"""Room that a reading's cache has for a question and its answer."""
 
 
 class RoomyLayer(DynamicLayer):

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 try:
@@ -27,6 +28,35 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from positions_videonsa import mrope_position_ids
 
 _MEDIA = ("image", "image_url", "video")
+# Keywords of `apply_chat_template` that a reading needs as it gives them, now and for each question.
+_OWN_KEYWORDS = {
+    "add_generation_prompt",
+    "add_vision_id",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "documents",
+    "return_dict",
+    "return_metadata",
+    "return_tensors",
+    "stream_videos",
+    "tokenize",
+    "tools",
+}
+# Options that choose frames and their size; others say how they are prepared.
+_SAMPLING = {
+    "do_sample_frames",
+    "fps",
+    "max_frames",
+    "max_pixels",
+    "max_pixels_per_frame",
+    "max_total_tokens",
+    "min_pixels",
+    "min_pixels_per_frame",
+    "num_frames",
+    "size",
+    "video_metadata",
+}
 # A chunk is prepared and encoded in so many pieces: smaller ones take less memory, and are as fast.
 PIECES_PER_CHUNK = 4
 
@@ -89,8 +119,11 @@ class Prompt:
     """A prompt that is opened and not read: its tokens up to the last vision token, and where its pixels come from."""
 
     def __init__(self, model, processor, messages_or_video: Any, chunk_tokens: int, options: Mapping[str, Any]):
-        if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
-            raise ValueError(f"`chunk_tokens` must be a positive integer, got {chunk_tokens!r}")
+        check_chunk(chunk_tokens)
+        check_mode(model)
+        for name in _OWN_KEYWORDS & options.keys():
+            raise ValueError(f"`{name}` = {options[name]!r} is no option of a reading, which sets it itself")
+        self.preparation = sorted(options.keys() - _SAMPLING)
         if model.config.nsa_variant == "released" and model.config.nsa_mode == "sparse":
             raise ValueError(
                 "`read` goes bit by bit, and with nsa_variant='released' images and videos need their whole prompt in "
@@ -326,14 +359,20 @@ class Ahead:
 
     def __init__(self, iterator: Iterator):
         self._items: queue.Queue = queue.Queue(maxsize=PIECES_PER_CHUNK)
-        self._is_closed = threading.Event()
+        self._is_closed, self._is_started = threading.Event(), threading.Event()
+        threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, args=(iterator,), name="videonsa-decode", daemon=True)
         self._thread.start()
+        # Two pools of threads would take the cores away from one another, waiting in loops: that thread has none. But
+        # what it sets is also what threads get that start later.
+        self._is_started.wait()
+        torch.set_num_threads(threads)
 
     def _run(self, iterator: Iterator) -> None:
         error = self._END
-        # In this thread alone. Two pools of threads would take the cores away from one another, waiting in loops.
+        torch.get_num_threads()  # lets this thread take over the default, once
         torch.set_num_threads(1)
+        self._is_started.set()
         try:
             with closing(iterator):
                 for item in iterator:
@@ -371,6 +410,13 @@ class Ahead:
 def as_messages(messages_or_video: Any) -> list[dict[str, Any]]:
     """One conversation: the one given, or a user's message of the video given."""
     given = messages_or_video
+    if isinstance(given, np.ndarray) and given.dtype == object:
+        given = given.tolist()
+    if isinstance(given, Mapping) and "role" not in given and kind_of(given):
+        given = [given]
+    if isinstance(given, (list, tuple)) and given and all(isinstance(one, Mapping) for one in given):
+        is_parts = any(map(kind_of, given)) and not any("role" in one for one in given)
+        return [{"role": "user", "content": list(given)}] if is_parts else [dict(message) for message in given]
     if isinstance(given, (list, tuple)) and given and isinstance(given[0], (list, tuple)) and given[0]:
         if isinstance(given[0][0], Mapping) and len(given) > 1:
             raise ValueError(f"`messages_or_video` holds {len(given)} conversations; a reading is of one")
@@ -423,6 +469,16 @@ def up_to_media(processor, text: str, media: int | None = None) -> str:
     pattern = "|".join(map(re.escape, (processor.image_token, processor.video_token)))
     ends = [match.end() for match in re.finditer(pattern, text)]
     return text[: ends[(media or len(ends)) - 1]] if ends else text
+
+
+def check_chunk(chunk_tokens: Any) -> None:
+    if not isinstance(chunk_tokens, int) or isinstance(chunk_tokens, bool) or chunk_tokens < 1:
+        raise ValueError(f"`chunk_tokens` must be a positive integer, got {chunk_tokens!r}")
+
+
+def check_mode(model) -> None:
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError("a model that trains with gradient checkpointing keeps no cache: call `model.eval()` first")
 
 
 def check_length(model, positions: int) -> None:

@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 from transformers import AutoProcessor
 
 try:
-    from .cache_videonsa import RoomyCache
+    from .cache_videonsa import SPARE_TOKENS, RoomyCache
     from .kv_budget_videonsa import KvMethod, kv_method
     from .prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from cache_videonsa import RoomyCache
+    from cache_videonsa import SPARE_TOKENS, RoomyCache
     from kv_budget_videonsa import KvMethod, kv_method
     from prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 
@@ -113,7 +113,7 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
     tensors = {"ids": reading.ids, "types": reading.types, "cache_types": reading.cache_types}
     for index, layer in enumerate(reading.cache.layers):
         for name in ("keys", "values"):
-            tensors[f"layers.{index}.{name}"] = getattr(layer, name).contiguous()
+            tensors[f"layers.{index}.{name}"] = getattr(layer, name).cpu().contiguous()
     tensors |= {f"method.{name}": value for name, value in reading.method.state.items()}
     method = reading.method
     video = None
@@ -131,6 +131,7 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
         "method": [method.name, method.kv_budget, reading.is_kept],
         "frames": [[len(list(same)), *frame] for frame, same in groupby(reading.frames)],
         "video": video,
+        "preparation": reading.preparation,
         "plan": reading.plan.to_dict(),
         "conversation": reading.conversation_state(),
     }
@@ -170,9 +171,14 @@ def load_reading(reading_class: type, model, folder: str | os.PathLike, processo
         raise ValueError(f"`folder` {str(folder)!r} holds no reading: {error}") from error
     if version != FORMAT:
         raise ValueError(f"`folder` {str(folder)!r} holds a reading of format {version!r}; this code reads {FORMAT}")
+    if processor is None:
+        try:
+            processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`processor` is missing, and {model.name_or_path!r} has none: {error}") from error
     try:
         return _load(reading_class, model, folder, content, processor, messages_or_video)
-    except (KeyError, TypeError, SafetensorError, OSError) as error:
+    except (AttributeError, KeyError, TypeError, SafetensorError, OSError) as error:
         raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: {error!r}") from error
 
 
@@ -200,14 +206,13 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
                     f"`messages_or_video`: image or video {number} is not what `folder` {str(folder)!r} was read from, "
                     f"{mine and mine['name']!r}"
                 )
-    if reading.processor is None:
-        reading.processor = AutoProcessor.from_pretrained(model.name_or_path, trust_remote_code=True)
     cache = RoomyCache(len(layers))
     with safe_open(folder / "cache.safetensors", framework="pt") as file:
         for index, (layer, own) in enumerate(zip(layers, cache.layers, strict=True)):
             weight = next(layer.parameters())
             device = torch.device("cpu") if weight.device.type == "meta" else weight.device
             own.update(*(file.get_tensor(f"layers.{index}.{name}").to(device) for name in ("keys", "values")))
+            own.reserve(own.length + SPARE_TOKENS)
         reading.ids, reading.types, reading.cache_types = (file.get_tensor(n) for n in ("ids", "types", "cache_types"))
         states = {key for key in file.keys() if key.startswith("method.")}  # noqa: SIM118
         method.load_state({key.removeprefix("method."): file.get_tensor(key) for key in states})
@@ -215,8 +220,11 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
     if cache.get_seq_length() != len(reading.cache_types):
         raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: its files are not of one reading")
     reading.cache, reading.media = cache, content["media"]
+    if type(content["next_position"]) is not int or any(len(entry) != 3 for entry in content["frames"]):
+        raise TypeError("next_position or frames")
     reading.next_position, reading.is_kept = content["next_position"], is_kept
     reading.frames = [tuple(frame) for count, *frame in content["frames"] for _ in range(count)]
+    reading.preparation = content["preparation"]
     cache.layers_differ = len({layer.get_seq_length() for layer in cache.layers}) > 1
     if content["video"] is not None:
         reading.video = OpenVideo(**content["video"] | {"size": tuple(content["video"]["size"])}, tail=tail)

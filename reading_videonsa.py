@@ -11,6 +11,7 @@ taken back after the answer; so footage that arrives later continues the video w
 however a prompt is cut into chunks.
 """
 
+import json
 import os
 import threading
 import time
@@ -22,10 +23,11 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 try:
-    from .cache_videonsa import RoomyCache, restore_, state_of
+    from .cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, state_of
     from .configuration_videonsa import NSA_FIELDS
     from .generation_videonsa import CACHE_NAME
     from .kv_budget_videonsa import KvMethod
@@ -36,8 +38,11 @@ try:
         Piece,
         Prompt,
         ReadingPlan,
+        check_chunk,
         check_length,
+        check_mode,
         kind_of,
+        media_of,
         split,
         stream_pieces,
         up_to_media,
@@ -46,7 +51,7 @@ try:
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from cache_videonsa import RoomyCache, restore_, state_of
+    from cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, state_of
     from configuration_videonsa import NSA_FIELDS
     from generation_videonsa import CACHE_NAME
     from kv_budget_videonsa import KvMethod
@@ -57,8 +62,11 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         Piece,
         Prompt,
         ReadingPlan,
+        check_chunk,
         check_length,
+        check_mode,
         kind_of,
+        media_of,
         split,
         stream_pieces,
         up_to_media,
@@ -68,7 +76,6 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
 logger = logging.get_logger(__name__)
 
 CHUNK_TOKENS = 1024
-_SPARE_TOKENS = 1024  # room in the cache for a question and its answer
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class ReadingMixin:
         method = _method(self, prompt, kv_budget, kv_method, cache)
         plan = prompt.plan(method)
         if cache is None:
-            cache = RoomyCache(self.config.text_config.num_hidden_layers, plan.cached_tokens + _SPARE_TOKENS)
+            cache = RoomyCache(self.config.text_config.num_hidden_layers, plan.cached_tokens + SPARE_TOKENS)
         elif cache.get_seq_length() or cache.is_compileable:
             raise ValueError(f"`cache` must be empty and grow, got {type(cache).__name__} of {cache.get_seq_length()}")
         reading = Reading(self, processor, plan, prompt, cache, method)
@@ -194,9 +201,25 @@ def _method(model, prompt: Prompt, kv_budget, kv_method, cache) -> KvMethod:
     return method
 
 
-def attention_settings(model) -> dict[str, Any]:
-    """What of a model's configuration decides the numbers in a cache."""
-    return {name: getattr(model.config, name) for name in sorted(NSA_FIELDS) if name != "nsa_backend"}
+_TEXT_SETTINGS = ("hidden_act", "rms_norm_eps", "rope_parameters")
+_VISION_SETTINGS = (
+    "fullatt_block_indexes",
+    "patch_size",
+    "spatial_merge_size",
+    "temporal_patch_size",
+    "tokens_per_second",
+    "window_size",
+)
+
+
+def reading_settings(model) -> dict[str, Any]:
+    """What of a model decides the numbers in a cache, besides its weights; as JSON has it."""
+    config = model.config
+    settings = {name: getattr(config, name) for name in sorted(NSA_FIELDS) if name != "nsa_backend"}
+    settings |= {f"text_config.{name}": getattr(config.text_config, name, None) for name in _TEXT_SETTINGS}
+    settings |= {f"vision_config.{name}": getattr(config.vision_config, name, None) for name in _VISION_SETTINGS}
+    settings |= {"image_token_id": config.image_token_id, "video_token_id": config.video_token_id}
+    return json.loads(json.dumps(settings | {"dtype": str(model.dtype)}, default=str))
 
 
 # One answer or reading at a time on a model, which keeps the positions of the prompt it works on.
@@ -227,7 +250,7 @@ class Reading:
         self.model, self.processor, self.plan, self.cache, self.method = model, processor, plan, cache, method
         self.frames = [] if prompt is None else prompt.frames()
         self.is_kept = False
-        self.settings, self._weights = attention_settings(model), _versions(model)
+        self.settings, self._weights = reading_settings(model), _versions(model)
         self.ids = torch.empty(0, dtype=torch.long)
         self.types = torch.empty(0, dtype=torch.long)
         self.cache_types = self.types
@@ -236,6 +259,7 @@ class Reading:
         if prompt is not None:
             self.text, self.base, self.whole = prompt.text, prompt.base, prompt.whole
             self.media = [media_fingerprint(part) for part in prompt.media]
+            self.preparation = prompt.preparation
         self._said: list[dict] | None = None  # the conversation that `ask(keep=True)` went on with
         self._pending: list[int] = []  # its last tokens, if they are not in the cache
         self._before_turns: tuple | None = None
@@ -260,7 +284,7 @@ class Reading:
         *,
         keep: bool = False,
         streamer=None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         **generation,
     ) -> Answer:
         """Answer a question about what was read.
@@ -270,17 +294,21 @@ class Reading:
                 nothing, for what the prompt itself asked.
             keep: go on from this turn: later questions see it and its answer, until `forget()`.
             streamer: of transformers, gets tokens as they come.
-            max_new_tokens, generation: of `model.generate`; what its generation config does not say is greedy.
+            max_new_tokens: at most; 256 where neither this nor `generation` says how many.
+            generation: keywords of `model.generate`.
         Raises:
             ValueError: nothing is asked; something new is shown (`extend` takes footage); a setting of the model, its
-                weights or its device are not those of the reading; more than one answer is asked for.
+                weights or its device are not those of the reading; a way to generate that cannot go on from a cache
+                (beams, several answers, drafts, `use_cache=False`).
 
         After an error, and after Ctrl-C, the reading is as it was before.
         """
         start = time.perf_counter()
-        for name in ("num_beams", "num_return_sequences"):
-            if generation.get(name) not in (None, 1):
-                raise ValueError(f"`{name}` = {generation[name]!r}: a reading gives one answer at a time")
+        _check_generation(self.model, generation)
+        if max_new_tokens is None and not {"generation_config", "max_length"} & generation.keys():
+            max_new_tokens = 256
+        if max_new_tokens is not None:
+            generation["max_new_tokens"] = max_new_tokens
         with self._exclusive():
             messages, text, rest = self._continue(question)
             state = state_of(self.cache)
@@ -289,7 +317,7 @@ class Reading:
                 inputs = self._inputs(rest)
                 if generation.get("stop_strings"):
                     generation.setdefault("tokenizer", self.processor.tokenizer)
-                rows = self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generation)
+                rows = self.model.generate(**inputs, streamer=streamer, **generation)
                 if not isinstance(rows, torch.Tensor):
                     raise ValueError("`return_dict_in_generate` = True: use `reading.prompt` with `model.generate`")
                 new = rows[0, inputs["input_ids"].shape[1] :].tolist()
@@ -336,12 +364,15 @@ class Reading:
 
     def conversation_state(self) -> dict[str, Any]:
         """What of the conversation is kept on disk."""
-        names = ("text", "base", "whole", "_said", "_pending", "_before_turns")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.conversation_state_names}
+
+    conversation_state_names = ("text", "base", "whole", "_said", "_pending", "_before_turns")
 
     def set_conversation_state(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        if not isinstance(state["text"], str) or not state["text"]:
+            raise TypeError("no text")
+        for name in self.conversation_state_names:
+            setattr(self, name, state[name])
 
     def extend(
         self,
@@ -363,7 +394,13 @@ class Reading:
             ValueError: nothing to go on from: the reading ends with an image, or with a conversation (`forget()` ends
                 it); the footage cannot be read. What was read of it until then stays.
         """
+        if chunk_tokens is not None:
+            check_chunk(chunk_tokens)
         with self._exclusive():
+            if self.preparation:
+                raise ValueError(
+                    f"footage cannot be prepared as this was, with {', '.join(self.preparation)}: read anew"
+                )
             if self.video is None or self._is_cut:
                 where = "inside a frame, in a compressed cache" if self._is_cut else "with an image"
                 raise ValueError(f"there is no video to extend: the reading ends {where}")
@@ -390,7 +427,12 @@ class Reading:
             total = self.num_tokens + (steps - (before is not None)) * tokens
             self.method.expect(total, int((self.types == 0).sum()), frames_then)
             self.frames = frames_then
+            half_step = []
             if before is not None:
+                half_step = [
+                    (layer.keys[..., -tokens:, :], layer.values[..., -tokens:, :]) for layer in self.cache.layers
+                ]
+                half_step = [(keys.clone(), values.clone()) for keys, values in half_step]
                 if not self._cut(self.num_tokens - tokens):
                     name = type(self.cache).__name__
                     raise ValueError(f"`cache` = {name} cannot be cut, and the video ended with half a step")
@@ -407,10 +449,9 @@ class Reading:
                 whole, rest = divmod(self.num_tokens - start, tokens)
                 self._is_cut = not self._cut(self.num_tokens - rest)
                 if not whole and before is not None:  # nothing has come to complete the half step: as it was
-                    report = _Reporter(1, tokens, False, None)
-                    piece = Piece(stream.cut(before[None]), torch.tensor([[1, *open_video.size]]), 1, before)
-                    part = ids[:tokens], torch.full_like(ids[:tokens], 2), positions[:, :, :tokens]
-                    self._prefill(*part, (one for one in [piece]), chunk, report)
+                    for layer, states in zip(self.cache.layers, half_step, strict=True):
+                        layer.update(*states)
+                    self._append(ids[:tokens], torch.full_like(ids[:tokens], 2))
                     open_video.tail, whole = before, 1
                 elif whole == steps:
                     open_video.tail = self._tail
@@ -449,7 +490,8 @@ class Reading:
                 self._is_busy = False
 
     def _check_unchanged(self) -> None:
-        now = attention_settings(self.model)
+        check_mode(self.model)
+        now = reading_settings(self.model)
         for name, value in self.settings.items():
             if now[name] != value:
                 raise ValueError(
@@ -490,6 +532,9 @@ class Reading:
         if not isinstance(question, (list, tuple)) or not question:
             raise ValueError(f"`question` must be a text, parts of a message, or a conversation, got {question!r}")
         if all(isinstance(part, Mapping) and "role" in part for part in question):
+            given = [media_fingerprint(part)["digest"] for part in media_of(question)]
+            if given and given != [one["digest"] for one in self.media]:
+                raise ValueError("`question` is a conversation about other images or videos than were read")
             return split(question)[1]
         if any(kind_of(part) for part in question):
             raise ValueError("`question` shows an image or a video: `extend` takes footage, `read` anything")
@@ -516,6 +561,8 @@ class Reading:
 
     def _keep(self, messages, text, rest, new, answer, state) -> None:
         """Go on from an answer."""
+        if self.cache.get_seq_length() - len(self.cache_types) > len(rest) + len(new):
+            raise ValueError("`generation` fed more than the question and its answer: it cannot be kept")
         if self._said is None:
             self._before_turns = len(self.ids), self.text, self.next_position
             self._state = None if isinstance(self.cache, RoomyCache) else state
@@ -548,16 +595,16 @@ class Reading:
 
     def _keep_whole_media(self, prompt: Prompt) -> bool:
         """After an interruption, drop images and steps of a video that were read in part; whether anything is left."""
-        whole, end = [], 0
+        whole, end, frames = [], 0, 0
         for span in prompt.spans():
             done = min(span.tokens, self.num_tokens - span.start)
             done -= done % (span.tokens if span.kind == 1 else span.step_tokens)
             if done > 0:
                 whole.append(span)
-                end = span.start + done
-        if not whole or self._is_broken:
+                end, frames = span.start + done, frames + done // span.step_tokens
+        if not whole or self._is_broken or not self._cut(end):
             return False
-        self._is_cut = not self._cut(end)
+        self.frames, self.media = self.frames[:frames], self.media[: len(whole)]
         self.next_position = int(prompt.positions[:, :, : self.num_tokens].max()) + 1
         self.text = up_to_media(self.processor, self.text, len(whole))
         self.base, _ = split(self.whole, len(whole))
@@ -619,7 +666,7 @@ class Reading:
             self.cache_types = torch.zeros(self.cache.get_seq_length()).long() if kept is None else kept[0]
             if len(self.cache_types) < self.num_tokens:
                 for layer in layers:
-                    layer.reserve(layer.get_seq_length() + _SPARE_TOKENS)
+                    layer.reserve(layer.get_seq_length() + SPARE_TOKENS)
             self.cache.layers_differ = len({layer.get_seq_length() for layer in layers}) > 1
 
     def _encode(self, piece: Piece) -> torch.Tensor:
@@ -648,21 +695,43 @@ class Reading:
             raise
 
     def _cut(self, length: int) -> bool:
-        """Forget the tokens from `length` on, where the cache has them as they came; whether it ends there now."""
-        if length == self.num_tokens:
+        """Forget the tokens from `length` on, if the cache has them as they came; whether it ends there now.
+
+        In a compressed cache these are vision tokens of a step that is not whole: such wait at its end.
+        """
+        removed = self.num_tokens - length
+        if not removed:
             return True
-        if self.num_tokens != len(self.cache_types) or not _crop_(self.cache, [length] * len(self.cache.layers)):
+        is_compressed = len(self.cache_types) < self.num_tokens
+        if is_compressed and not (self.method.takes_new_vision and self.types[length:].all()):
+            return False
+        if not _crop_(self.cache, [layer.get_seq_length() - removed for layer in self.cache.layers]):
             return False
         self.ids, self.types = self.ids[:length], self.types[:length]
-        self.cache_types = self.cache_types[:length]
+        self.cache_types = self.cache_types[: len(self.cache_types) - removed]
         return True
+
+
+def _check_generation(model, generation: Mapping[str, Any]) -> None:
+    """Refuse what `generate` cannot do from a cache that it has not made, and what a reading sets itself."""
+    for name in ("input_ids", "inputs_embeds", "attention_mask", "past_key_values", "cache", "position_ids"):
+        if name in generation:
+            raise ValueError(f"`{name}` is no keyword of `ask`, which sets it itself; see `reading.prompt`")
+    config = generation.get("generation_config") or model.generation_config
+    usual = {"num_beams": (None, 1), "num_return_sequences": (None, 1), "use_cache": (None, True)}
+    for name in ("num_beams", "num_return_sequences", "use_cache", "prompt_lookup_num_tokens", "assistant_model"):
+        value = generation.get(name, getattr(config, name, None))
+        if value not in usual.get(name, (None,)):
+            raise ValueError(
+                f"`{name}` = {value!r}: a reading gives one answer at a time, token by token from its cache"
+            )
 
 
 def _crop_(cache, lengths: Sequence[int]) -> bool:
     """Cut the layers of a cache to their lengths; whether that could be done."""
     added = [layer.get_seq_length() - length for layer, length in zip(cache.layers, lengths, strict=True)]
-    if any(number > 0 and not hasattr(layer, "crop") for number, layer in zip(added, cache.layers, strict=True)):
-        return False
+    if not all(type(layer) in (RoomyLayer, DynamicLayer) for layer in cache.layers):
+        return False  # of quantised layers, only the last tokens could be cut
     for number, layer in zip(added, cache.layers, strict=True):
         if number > 0:
             layer.crop(-number)
@@ -670,8 +739,11 @@ def _crop_(cache, lengths: Sequence[int]) -> bool:
 
 
 def _versions(model) -> tuple:
-    """Changes when a weight does: torch counts writes to a tensor, except to those of inference mode."""
-    return tuple((id(one), 0 if one.is_inference() else one._version) for one in model.parameters())
+    """Changes when a weight does: torch counts writes to it, but those through `.data` or in inference mode."""
+    versions = [(id(one), 0 if one.is_inference() else one._version) for one in model.parameters()]
+    # Of adapters, whether they are merged or switched off.
+    flags = (getattr(module, name, None) for module in model.modules() for name in ("merged", "disable_adapters"))
+    return tuple(versions), tuple(flag for flag in flags if isinstance(flag, bool))
 
 
 class _Reporter:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_released
-from transformers import AutoModel, DynamicCache, QuantizedCache
+from transformers import AutoModel, DynamicCache, GenerationConfig, QuantizedCache
 
 from cache_videonsa import RoomyCache
 from generation_videonsa import CACHE_NAME
@@ -30,7 +30,14 @@ def processor():
 
 @pytest.fixture
 def model():
-    return VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64).eval()
+    """The small checkpoint with noise, so that it says something else of every video."""
+    model = VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * weight.std(), alpha=0.7)
+    model.generation_config.update(no_repeat_ngram_size=1, eos_token_id=10**6)
+    return model
 
 
 def frames(count: int, seed: int = 0, height: int = 56, width: int = 84) -> np.ndarray:
@@ -200,6 +207,11 @@ def test_extend_refuses(model, processor):
         reading.extend("missing.mp4")
     assert reading.num_tokens < before
     reading.extend(frames(4))
+    for value in (-5, 0, "a"):
+        with pytest.raises(ValueError, match="`chunk_tokens`"):
+            reading.extend(frames(4), chunk_tokens=value)
+    with pytest.raises(ValueError, match="with do_normalize"):
+        model.read(processor, user([video(4)]), do_normalize=False).extend(frames(4))
 
 
 class StopError(Exception):
@@ -325,16 +337,32 @@ def test_budgets(model, processor, method, tmp_path):
         assert {layer.get_seq_length() for layer in reading.cache.layers} == {100}
 
 
-def test_a_frame_that_was_read_in_part_stays_in_a_compressed_cache(model, processor):
-    """It is asked like all, and not extended: places in frames would be wrong from there on."""
-    film = frames(60, height=112, width=112)
-    options = {"fps": 2, "max_pixels_per_frame": 112 * 112, "kv_budget": 100, "kv_method": "infinipot-v"}
+@pytest.mark.parametrize("saved", [False, True])
+def test_an_interruption_of_a_budgeted_reading_leaves_whole_steps(model, processor, saved, tmp_path):
+    """A frame that was read in part waits at the end of a compressed cache, where it is cut."""
+    film = frames(120, height=112, width=112)  # 16 tokens for a step
+    options = {"fps": 2, "max_pixels_per_frame": 112 * 112, "kv_budget": 200, "kv_method": "infinipot-v"}
     with pytest.raises(StopError) as caught:
-        model.read(processor, film, chunk_tokens=10, callback=stop_after(20, StopError), **options)
+        model.read(processor, film, chunk_tokens=10, callback=stop_after(40, StopError), **options)
     reading = caught.value.reading
+    read = 2 * reading.video.steps
+    assert 0 < read < len(film) and len(reading.frames) == read // 2 and reading.seconds == read / 2
+    assert reading.num_tokens > len(reading.cache_types) == reading.cache.get_seq_length()
+    if saved:
+        reading.save(tmp_path / "kept")
+        reading = model.load_reading(tmp_path / "kept", processor)
+    reading.extend(film[read:], chunk_tokens=10)
+    assert reading.num_tokens == model.plan_reading(processor, film, **options).tokens
     assert reading.ask("What?", max_new_tokens=2).token_ids
-    with pytest.raises(ValueError, match="inside a frame, in a compressed cache"):
-        reading.extend(film[:4])
+
+
+def test_an_image_read_in_part_into_a_compressed_cache_leaves_nothing(model, processor):
+    messages = user([video(200), text("between"), image(1)])
+    options = {"chunk_tokens": 1, "kv_budget": 100, "kv_method": "infinipot-v"}
+    chunks = model.plan_reading(processor, messages, **options).tokens - 2
+    with pytest.raises(StopError) as caught:
+        model.read(processor, messages, callback=stop_after(chunks, StopError), **options)
+    assert not hasattr(caught.value, "reading")
 
 
 def test_one_method_never_holds_much_more_than_its_budget(model, processor):
@@ -415,6 +443,56 @@ def test_quantised_caches(processor, backend):
         reading.save("nowhere")
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"use_cache": False}, "use_cache"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams"),
+        ({"past_key_values": None}, "past_key_values"),
+    ],
+    ids=str,
+)
+def test_ways_to_generate_that_do_not_go_on_from_a_cache_are_refused(model, processor, options, name):
+    reading = model.read(processor, user([video(4)]))
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        reading.ask("What?", **options)
+    with pytest.raises(ValueError, match="`chat_template`"):
+        model.read(processor, user([video(4)]), chat_template="{{ messages }}")
+
+
+@pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 2.0}, {"repetition_penalty": 1.5}], ids=str)
+def test_keywords_of_generate_mean_the_same(model, processor, options):
+    messages = user([video(20), text("What?")])
+    inputs = inputs_of(processor, messages)
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, max_new_tokens=6, **options)[0, inputs["input_ids"].shape[1] :]
+    torch.manual_seed(0)
+    answer = model.read(processor, messages, chunk_tokens=16).ask(max_new_tokens=6, **options)
+    assert answer.token_ids == tuple(expected.tolist())
+
+
+def test_a_reading_leaves_the_number_of_threads(model, processor):
+    before, seen = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        model.read(processor, user([video(4)]))
+        thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert seen == [3] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_messages_of_every_form(model, processor):
+    parts = [video(6), text("What?")]
+    expected = model.read(processor, user(parts))
+    forms = (parts, parts[0], [user(parts)], np.array(user(parts), dtype=object), user(parts)[0], tuple(user(parts)))
+    for form in forms:
+        assert_same_cache(model.read(processor, form), expected)
+
+
 def test_the_released_variant_is_refused(model, processor):
     with pytest.raises(ValueError, match="nsa_variant='released'"):
         build_released().read(processor, user([video(4)]))
@@ -430,6 +508,7 @@ def test_bad_questions(model, processor):
         ("Is <|video_pad|> it?", "`question` shows something new"),
         (user([text("No video")]), "neither image nor video"),
         (user([text("Other"), video(4), text("?")]), "does not begin with what was read"),
+        (user([video(4, 1), text("?")]), "about other images or videos"),
     ):
         with pytest.raises(ValueError, match=error):
             reading.ask(question)
@@ -458,6 +537,10 @@ def test_what_changes_after_the_reading_is_noticed(model, processor, tmp_path):
     reading = model.read(processor, user([video(4)]))
     before = reading.ask("What?", max_new_tokens=2)
     reading.save(tmp_path / "kept")
+    model.config.text_config.rms_norm_eps *= 2
+    with pytest.raises(ValueError, match=r"text_config\.rms_norm_eps"):
+        reading.ask("What?")
+    model.config.text_config.rms_norm_eps /= 2
     for name, value in (("block_counts", 1), ("nsa_mode", "dense"), ("window_size", 3)):
         old = getattr(model.config, name)
         setattr(model.config, name, value)
@@ -524,6 +607,10 @@ def test_damaged_folders_are_refused(model, processor, tmp_path):
     damage(lambda folder: (folder / "reading.json").write_text("[]"))
     damage(lambda folder: edit(folder, lambda content: content.pop("plan")))
     damage(lambda folder: edit(folder, lambda content: content.update(format=99)))
+    damage(lambda folder: edit(folder, lambda content: content.update(settings=[])))
+    damage(lambda folder: edit(folder, lambda content: content.update(frames=[[]])))
+    damage(lambda folder: edit(folder, lambda content: content.update(next_position="5")))
+    damage(lambda folder: edit(folder, lambda content: content["conversation"].pop("text")))
     damage(lambda folder: edit(folder, lambda content: content.update(method=["best", 1.0, False])))
 
 
@@ -555,6 +642,7 @@ def test_threads_are_answered_one_after_the_other(model, processor):
         reading, question = pairs[number]
         got[number] = reading.ask(question, max_new_tokens=6).token_ids
 
+    assert expected[:3] != expected[3:6] and len(set(expected)) > 3  # a mix-up would be seen
     threads = [threading.Thread(target=run, args=(number,)) for number in range(len(pairs))]
     for thread in threads:
         thread.start()
