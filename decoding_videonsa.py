@@ -121,6 +121,7 @@ class Decoder:
 
     def __init__(self, file: VideoFile, listing: Listing, wanted: Set[int] | None = None, careful: bool = False):
         self.first, self.fed, self.through = 0, -1, -1
+        self._has_begun = True  # with its first frame, which was looked at
         self._file, self._listing, self._wanted = file, listing, wanted
         with ExitStack() as stack:
             container, stream = stack.enter_context(file.open())
@@ -143,6 +144,7 @@ class Decoder:
             outcomes = self.drain()
             self._decoder.flush_buffers()
         self.first = first
+        self._has_begun = first == 0
         return outcomes
 
     def feed(self) -> Outcomes:
@@ -166,6 +168,15 @@ class Decoder:
         self._inside.append((number, self._came_out))
         return self._decode(packet)
 
+    def _check_beginning(self, number: int, frame: Any) -> None:
+        """Whether this run begins with a key frame; what was to be the first may also be left out without a word."""
+        if frame is not None and number != self.first and self._listing.is_leading(number):
+            return
+        self._has_begun = True
+        is_lost = frame is None or frame.is_corrupt
+        if not is_lost and not (number == self.first and (frame.key_frame or self._file.intra_only)):
+            raise NoKeyFrameError
+
     def drain(self) -> Outcomes:
         """What is left in the decoder; after it comes `jump` or nothing."""
         outcomes = self._decode(None)
@@ -188,8 +199,8 @@ class Decoder:
             self._came_out += len(frames)
             outcomes = [(frame.pts, frame) for frame in frames if frame.pts is not None]  # else hidden in its packet
         for number, frame in outcomes:
-            if frame is not None and number == self.first > 0 and not (frame.key_frame or self._file.intra_only):
-                raise NoKeyFrameError
+            if not self._has_begun:
+                self._check_beginning(number, frame)
         while self._inside and self._came_out - self._inside[0][1] >= self._delay:
             self.through, _ = self._inside.popleft()
         return outcomes
