@@ -170,8 +170,8 @@ class Decoder:
 
     def _check_beginning(self, number: int, frame: Any) -> None:
         """Whether this run begins with a key frame; what was to be the first may also be left out without a word."""
-        if frame is not None and number != self.first and self._listing.is_leading(number):
-            return
+        if frame is not None and (number < self.first or (number > self.first and self._listing.is_leading(number))):
+            return  # left over from the run before, or shown before the key frame
         self._has_begun = True
         is_lost = frame is None or frame.is_corrupt
         if not is_lost and not (number == self.first and (frame.key_frame or self._file.intra_only)):
@@ -295,7 +295,8 @@ class _Careful:
         self.close()
         self._groups: set[int] = set()  # that are gone through on purpose, not to look ahead
         self._last_group = -1  # of them
-        self._marks: dict[int, set[int]] = {}  # packets with errors, by group
+        self._marks: set[int] = set()  # packets with errors
+        self._first_marks: dict[int, int] = {}  # by group
         self._seen_at_joints: set[int] = set()
         self._spares: dict[int, Picture] = {}  # frames that nobody wanted, yet
         self.pictures: dict[int, Picture] = {}
@@ -348,7 +349,9 @@ class _Careful:
         listing = self._listing
         for number, frame in outcomes:
             if frame is None or frame.is_corrupt:
-                self._marks.setdefault(listing.group_of(number), set()).add(number)
+                group = listing.group_of(number)
+                self._marks.add(number)
+                self._first_marks[group] = min(number, self._first_marks.get(group, number))
                 continue
             if number in self._at_joints:
                 self._seen_at_joints.add(number)
@@ -359,19 +362,16 @@ class _Careful:
         if len(self._spares) > 2 * _MAX_REORDERED:
             self._drop_spares()
 
-    def _is_mark(self, number: int) -> bool:
-        if number in self._marks.get(self._listing.group_of(number), ()):
-            return True
-        return number in self._listing.corrupt and number not in self._seen_at_joints
-
     def _first_mark(self, group: int) -> int | None:
-        marks = [n for n in self._corrupt.get(group, ()) if n not in self._seen_at_joints]
-        return min([*marks[:1], *self._marks.get(group, ())], default=None)
+        flagged = next((number for number in self._corrupt.get(group, ()) if number not in self._seen_at_joints), None)
+        found = self._first_marks.get(group)
+        return found if flagged is None else flagged if found is None else min(flagged, found)
 
     def _is_damaged(self, number: int) -> bool:
         """Damage goes on to the end of its group, and to frames of the next that are shown before its key frame."""
         if self._file.intra_only:
-            return self._is_mark(number)
+            is_flagged = number in self._listing.corrupt and number not in self._seen_at_joints
+            return is_flagged or number in self._marks
         group = self._listing.group_of(number)
         if self._listing.is_leading(number) and group and self._first_mark(group - 1) is not None:
             return True

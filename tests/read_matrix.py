@@ -2,7 +2,8 @@
 
 Run as a script with 1, or with N for an N-th of it; prints one line of JSON a file: its name, and
 "equal", "refused: ...", "differs: ..." or "signal N".
-A file is written by PyAV, decoded whole and in order (the truth), and read whole, thinned out, and one frame at a time.
+A file is written by PyAV, decoded whole and in order (the truth), and read whole, thinned out, one frame at a time, and
+as streams.
 """
 
 import itertools
@@ -12,6 +13,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -89,6 +91,11 @@ def compare(path: Path) -> str:
                 wrong = [i for i, frame in zip(indices, read, strict=True) if not np.array_equal(frame, truth[i])]
                 if wrong:
                     return f"differs: frames {wrong} of {indices}"
+        plan = SimpleNamespace(frame_indices=range(total), height=clip.source.height, width=clip.source.width)
+        for batch in (1, 7):
+            streamed = [*clip.stream(plan, lambda frames, plan: frames, batch)]
+            if not np.array_equal(np.concatenate(streamed).transpose(0, 2, 3, 1), truth):
+                return f"differs: a stream of {batch} at a time"
     except ValueError as error:
         return f"refused: {error}"
     return "equal"
