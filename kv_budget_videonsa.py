@@ -487,6 +487,19 @@ KV_METHODS: dict[str, type[KvMethod]] = {
 }
 
 
+def budget_method(kv_budget: int | float | None, name: str | None, num_layers: int) -> KvMethod:
+    """The method of a call: PyramidKV where only a budget is given, and where none is, the one that keeps everything.
+
+    Raises:
+        ValueError: as `kv_method`; or a method is named and no budget given.
+    """
+    if kv_budget is None:
+        if name is not None:
+            raise ValueError(f"`kv_method` = {name!r} needs a `kv_budget`, such as 0.12")
+        return KvMethod(1.0, num_layers)
+    return kv_method(PyramidKV.name if name is None else name, kv_budget, num_layers)
+
+
 def kv_method(name: str, kv_budget: int | float, num_layers: int, **options) -> KvMethod:
     """The method of this name, see the classes here.
 

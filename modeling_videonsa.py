@@ -35,6 +35,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from transformers.utils import logging
 
 try:
+    from .cache_videonsa import RoomyCache
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from .hub_videonsa import PushMixin, save_kernel_folder
@@ -45,6 +46,7 @@ try:
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
+    from cache_videonsa import RoomyCache
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from hub_videonsa import PushMixin, save_kernel_folder
@@ -123,7 +125,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if vision_routing is None:
-            if getattr(past_key_values, "layers_differ", False):  # what a budget has left of a reading
+            if isinstance(past_key_values, RoomyCache):  # a budget may have left less of this layer than of the first
                 num_keys = past_key_values.get_seq_length(self.layer_idx) + hidden_states.shape[1]
                 attention_mask = mask_of_layer(attention_mask, num_keys)
             kwargs |= {CACHE_NAME: past_key_values, "position_embeddings": position_embeddings}

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -167,17 +168,18 @@ class Prompt:
     def num_frames(self) -> int:
         return sum(len(stream.plan.frame_indices) for stream in self.streams)
 
+    @cached_property
     def frames(self) -> list[tuple[int, int]]:
         """(height, width) in tokens of every image and every step of a video, in order."""
-        grids = (span.grid for span in self.spans())
+        grids = (span.grid for span in self.spans)
         return [(height // self.merge, width // self.merge) for steps, height, width in grids for _ in range(steps)]
 
     def plan(self, method) -> ReadingPlan:
         """With the method that keeps the cache to its budget (`KvMethod`)."""
-        entries = min(self.length, method.entries) if method.name else self.length
+        entries = min(self.length, method.entries)
+        largest = max((height * width for height, width in self.frames), default=0)
         # One method compresses while it reads; a frame that was read in part waits.
-        waiting = self.chunk_tokens + max((height * width for height, width in self.frames()), default=0)
-        cached = min(self.length, entries + waiting) if method.keeps_while_reading else self.length
+        cached = min(self.length, entries + self.chunk_tokens + largest) if method.keeps_while_reading else self.length
         pairs, dense = _attention_budget(self.model, self.types)
         return ReadingPlan(
             videos=tuple(stream.plan for stream in self.streams),
@@ -194,12 +196,13 @@ class Prompt:
                 self.model.config,
                 cached,
                 chunk_tokens=self.chunk_tokens,
-                step_tokens=max((height * width for height, width in self.frames()), default=0),
+                step_tokens=largest,
                 itemsize=self.model.dtype.itemsize,
                 weights=sum(one.numel() * one.element_size() for one in self.model.parameters()),
             ),
         )
 
+    @cached_property
     def spans(self) -> "list[Span]":
         """Images and videos in the order of their tokens."""
         spans: list[Span] = []
@@ -218,7 +221,7 @@ class Prompt:
     def pieces(self) -> "Iterator[Piece]":
         """Patches of all images and videos in the order of their tokens."""
         streams, patch = iter(self.streams), 0
-        for span in self.spans():
+        for span in self.spans:
             if span.kind == 1:
                 count = span.tokens * self.merge**2
                 yield Piece(self.pixel_values[patch : patch + count], torch.tensor([span.grid]), 0, None)
@@ -477,7 +480,9 @@ def check_chunk(chunk_tokens: Any) -> None:
 
 
 def check_mode(model) -> None:
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second is the older name
+    name = next((name for name in names if hasattr(type(model), name)), None)
+    if model.training and name and getattr(model, name):
         raise ValueError("a model that trains with gradient checkpointing keeps no cache: call `model.eval()` first")
 
 

@@ -23,13 +23,13 @@ from transformers import AutoProcessor
 
 try:
     from .cache_videonsa import SPARE_TOKENS, RoomyCache
-    from .kv_budget_videonsa import KvMethod, kv_method
+    from .kv_budget_videonsa import budget_method
     from .prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import SPARE_TOKENS, RoomyCache
-    from kv_budget_videonsa import KvMethod, kv_method
+    from kv_budget_videonsa import budget_method
     from prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 
 FORMAT = 1
@@ -128,7 +128,7 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
         "media": reading.media,
         "layers": len(reading.cache.layers),
         "next_position": reading.next_position,
-        "method": [method.name, method.kv_budget, reading.is_kept],
+        "method": [method.name, method.kv_budget, reading.is_kept] if method.name else [None, None, False],
         "frames": [[len(list(same)), *frame] for frame, same in groupby(reading.frames)],
         "video": video,
         "preparation": reading.preparation,
@@ -186,7 +186,7 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
     layers = model.model.language_model.layers
     name, budget, is_kept = content["method"]
     try:
-        method = kv_method(name, budget, len(layers)) if name else KvMethod(1.0, len(layers))
+        method = budget_method(budget, name, len(layers))
     except ValueError as error:
         raise ValueError(f"`folder` {str(folder)!r} holds a damaged reading: {error}") from error
     reading = reading_class(model, processor, ReadingPlan.from_dict(content["plan"]), None, None, method)
@@ -225,7 +225,6 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
     reading.next_position, reading.is_kept = content["next_position"], is_kept
     reading.frames = [tuple(frame) for count, *frame in content["frames"] for _ in range(count)]
     reading.preparation = content["preparation"]
-    cache.layers_differ = len({layer.get_seq_length() for layer in cache.layers}) > 1
     if content["video"] is not None:
         reading.video = OpenVideo(**content["video"] | {"size": tuple(content["video"]["size"])}, tail=tail)
     reading.set_conversation_state(content["conversation"])

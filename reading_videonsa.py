@@ -24,14 +24,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
-from transformers.utils import logging
 
 try:
-    from .cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, state_of
+    from .cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, restored_after, state_of
     from .configuration_videonsa import NSA_FIELDS
     from .generation_videonsa import CACHE_NAME
-    from .kv_budget_videonsa import KvMethod
-    from .kv_budget_videonsa import kv_method as kv_method_of
+    from .kv_budget_videonsa import KvMethod, budget_method
     from .prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -51,11 +49,10 @@ try:
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, state_of
+    from cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, restored_after, state_of
     from configuration_videonsa import NSA_FIELDS
     from generation_videonsa import CACHE_NAME
-    from kv_budget_videonsa import KvMethod
-    from kv_budget_videonsa import kv_method as kv_method_of
+    from kv_budget_videonsa import KvMethod, budget_method
     from prompt_videonsa import (
         Ahead,
         OpenVideo,
@@ -72,8 +69,6 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         up_to_media,
     )
     from reading_files_videonsa import load_reading, media_fingerprint, save_reading
-
-logger = logging.get_logger(__name__)
 
 CHUNK_TOKENS = 1024
 
@@ -190,14 +185,10 @@ class ReadingMixin:
 def _method(model, prompt: Prompt, kv_budget, kv_method, cache) -> KvMethod:
     """The method that keeps a prompt to its budget; the one that keeps everything where there is none."""
     num_layers = model.config.text_config.num_hidden_layers
-    if kv_budget is None:
-        if kv_method is not None:
-            raise ValueError(f"`kv_method` = {kv_method!r} needs a `kv_budget`, such as 0.12")
-        return KvMethod(1.0, num_layers)
-    if cache is not None:
+    if kv_budget is not None and cache is not None:
         raise ValueError(f"`kv_budget` = {kv_budget!r} goes without `cache` = {type(cache).__name__}")
-    method = kv_method_of("pyramidkv" if kv_method is None else kv_method, kv_budget, num_layers)
-    method.expect(prompt.length, int((prompt.types == 0).sum()), prompt.frames())
+    method = budget_method(kv_budget, kv_method, num_layers)
+    method.expect(prompt.length, int((prompt.types == 0).sum()), prompt.frames)
     return method
 
 
@@ -248,7 +239,7 @@ class Reading:
 
     def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache, method: KvMethod):
         self.model, self.processor, self.plan, self.cache, self.method = model, processor, plan, cache, method
-        self.frames = [] if prompt is None else prompt.frames()
+        self.frames = [] if prompt is None else prompt.frames
         self.is_kept = False
         self.settings, self._weights = reading_settings(model), _versions(model)
         self.ids = torch.empty(0, dtype=torch.long)
@@ -341,11 +332,8 @@ class Reading:
         """
         with self._exclusive():
             _, _, rest = self._continue(question)
-            state = state_of(self.cache)
-            try:
+            with restored_after(self.cache):
                 yield self._inputs(rest)
-            finally:
-                restore_(self.cache, state)
 
     def forget(self) -> None:
         """Go back to before the first question that was kept."""
@@ -506,7 +494,7 @@ class Reading:
                 if own.keys is not None and device.type != "meta" and own.keys.device != device:
                     raise ValueError(
                         f"the reading's layer {index} is on {own.keys.device}, and the model's on {device}: move the "
-                        "model back, or save the reading and load it again"
+                        "model back; a reading that is saved before can be loaded after"
                     )
 
     def _continue(self, question: Any) -> tuple[list[dict], str, list[int]]:
@@ -596,7 +584,7 @@ class Reading:
     def _keep_whole_media(self, prompt: Prompt) -> bool:
         """After an interruption, drop images and steps of a video that were read in part; whether anything is left."""
         whole, end, frames = [], 0, 0
-        for span in prompt.spans():
+        for span in prompt.spans:
             done = min(span.tokens, self.num_tokens - span.start)
             done -= done % (span.tokens if span.kind == 1 else span.step_tokens)
             if done > 0:
@@ -614,7 +602,7 @@ class Reading:
 
     def _open_last(self, prompt: Prompt) -> None:
         """Remember the last video that was read, so that it can be extended."""
-        videos = [span for span in prompt.spans() if span.kind == 2 and span.start < self.num_tokens]
+        videos = [span for span in prompt.spans if span.kind == 2 and span.start < self.num_tokens]
         if self.types[-1] != 2 or (self.num_tokens - videos[-1].start) % videos[-1].step_tokens:
             return
         span, number = videos[-1], len(videos) - 1
@@ -667,7 +655,6 @@ class Reading:
             if len(self.cache_types) < self.num_tokens:
                 for layer in layers:
                     layer.reserve(layer.get_seq_length() + SPARE_TOKENS)
-            self.cache.layers_differ = len({layer.get_seq_length() for layer in layers}) > 1
 
     def _encode(self, piece: Piece) -> torch.Tensor:
         """(tokens, hidden_size)"""

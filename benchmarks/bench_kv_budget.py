@@ -19,8 +19,6 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from tqdm import tqdm  # noqa: E402
 
 from cache_videonsa import RoomyCache, restored_after  # noqa: E402
 from generation_videonsa import CACHE_NAME  # noqa: E402
-from kv_budget_videonsa import KV_METHODS, KvMethod, kv_method, mask_of_layer  # noqa: E402
+from kv_budget_videonsa import KV_METHODS, KvMethod, kv_method  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from synthetic.drawing import write_scene  # noqa: E402
 from synthetic.scenes import KINDS, make_scene  # noqa: E402
@@ -95,22 +93,8 @@ def read(model, inputs: dict, method: KvMethod, chunk: int = CHUNK) -> Reading:
 def ask(model, reading: Reading, ids: torch.Tensor) -> torch.Tensor:
     """Logits (length, vocab_size) of the tokens `ids` (1, length) after a reading, which stays as it is."""
     positions = (reading.position + torch.arange(ids.shape[1])).expand(3, 1, -1)
-    with restored_after(reading.cache), masks_of_layers(model, reading.cache):
+    with restored_after(reading.cache):
         return model(input_ids=ids, position_ids=positions, **{CACHE_NAME: reading.cache}).logits[0]
-
-
-@contextmanager
-def masks_of_layers(model, cache: RoomyCache) -> Iterator[None]:
-    """Inside, every layer sees its part of the mask, where layers of the cache differ in length."""
-
-    def cut(attention, args, kwargs):
-        keys = cache.get_seq_length(attention.layer_idx) + kwargs["hidden_states"].shape[1]
-        return args, kwargs | {"attention_mask": mask_of_layer(kwargs["attention_mask"], keys)}
-
-    with ExitStack() as stack:
-        for layer in model.model.language_model.layers:
-            stack.callback(layer.self_attn.register_forward_pre_hook(cut, with_kwargs=True).remove)
-        yield
 
 
 class HeldOutVideo:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 from budget_videonsa import check_positive
-from kv_budget_videonsa import kv_method as kv_method_of
+from kv_budget_videonsa import budget_method
 from modeling_videonsa import VideoNSAForConditionalGeneration
 from processing_videonsa import VideoNSAProcessor
 
@@ -131,12 +131,9 @@ class VideoNSA(lmms):
             raise ValueError(f"`device` = {device!r} and `device_map` = {device_map!r} exclude each other")
         reading = {"kv_budget": kv_budget, "kv_method": kv_method}
         reading = {name: value for name, value in reading.items() if value is not None}
-        if kv_method is not None and kv_budget is None:
-            raise ValueError(f"`kv_method` = {kv_method!r} needs a `kv_budget`, such as 0.12")
-        if kv_budget is not None:
-            kv_method_of(kv_method or "pyramidkv", kv_budget, num_layers=1)
-            if not video_cache:
-                raise ValueError(f"`kv_budget` = {kv_budget!r} contradicts `video_cache` = False: it is of that cache")
+        budget_method(kv_budget, kv_method, num_layers=1)  # contradictions are found before the model is loaded
+        if kv_budget is not None and not video_cache:
+            raise ValueError(f"`kv_budget` = {kv_budget!r} contradicts `video_cache` = False: it is of that cache")
         if tokens_per_frame is not None:
             if max_pixels is not None or min_pixels is not None:
                 raise ValueError(f"`tokens_per_frame` = {tokens_per_frame} sets `min_pixels` and `max_pixels` itself")

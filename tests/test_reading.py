@@ -485,6 +485,17 @@ def test_a_reading_leaves_the_number_of_threads(model, processor):
         torch.set_num_threads(before)
 
 
+def test_gradient_checkpointing_keeps_no_cache(model, processor):
+    model.train()
+    reading = model.read(processor, user([video(4)]))
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    for attempt in (lambda: model.read(processor, user([video(4)])), lambda: reading.ask("What?")):
+        with pytest.raises(ValueError, match="gradient checkpointing"):
+            attempt()
+    model.eval()
+    assert reading.ask("What?", max_new_tokens=2).token_ids
+
+
 def test_messages_of_every_form(model, processor):
     parts = [video(6), text("What?")]
     expected = model.read(processor, user(parts))
