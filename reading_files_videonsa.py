@@ -1,4 +1,4 @@
-"""Readings on disk: `cache.safetensors` with keys and values, `reading.json` with the rest; no pickle.
+"""Readings on disk: a safetensors file for each layer's keys and values, two files with the rest; no pickle.
 
 A reading belongs to the weights and settings that made it, so their fingerprints are kept, and those of its media.
 """
@@ -32,7 +32,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from kv_budget_videonsa import budget_method
     from prompt_videonsa import OpenVideo, ReadingPlan, as_messages, kind_of, media_of
 
-FORMAT = 1
+FORMAT = 2
 _SAMPLES = 4096  # of each weight
 _PIECES, _PIECE_BYTES = 64, 1 << 16  # of each file
 
@@ -111,9 +111,6 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
         hint = "it holds no reading" if overwrite else "`overwrite=True` replaces a reading"
         raise ValueError(f"`folder` {str(folder)!r} exists; {hint}")
     tensors = {"ids": reading.ids, "types": reading.types, "cache_types": reading.cache_types}
-    for index, layer in enumerate(reading.cache.layers):
-        for name in ("keys", "values"):
-            tensors[f"layers.{index}.{name}"] = getattr(layer, name).cpu().contiguous()
     tensors |= {f"method.{name}": value for name, value in reading.method.state.items()}
     method = reading.method
     video = None
@@ -138,7 +135,10 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        save_file(tensors, staging / "cache.safetensors")
+        save_file(tensors, staging / "tokens.safetensors")
+        for index, layer in enumerate(reading.cache.layers):  # one at a time: the cache may take half of the memory
+            states = {name: getattr(layer, name).cpu().contiguous() for name in ("keys", "values")}
+            save_file(states, staging / _layer_file(index))
         (staging / "reading.json").write_text(json.dumps(content, indent=1))
         for path in staging.iterdir():
             with path.open("rb") as file:
@@ -153,6 +153,10 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
             os.replace(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _layer_file(index: int) -> str:
+    return f"layer_{index:03}.safetensors"
 
 
 def _umask() -> int:
@@ -207,12 +211,14 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
                     f"{mine and mine['name']!r}"
                 )
     cache = RoomyCache(len(layers))
-    with safe_open(folder / "cache.safetensors", framework="pt") as file:
-        for index, (layer, own) in enumerate(zip(layers, cache.layers, strict=True)):
-            weight = next(layer.parameters())
-            device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-            own.update(*(file.get_tensor(f"layers.{index}.{name}").to(device) for name in ("keys", "values")))
-            own.reserve(own.length + SPARE_TOKENS)
+    for index, (layer, own) in enumerate(zip(layers, cache.layers, strict=True)):
+        weight = next(layer.parameters())
+        device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+        with safe_open(folder / _layer_file(index), framework="pt") as file:
+            keys, values = (file.get_tensor(name) for name in ("keys", "values"))
+        own.capacity = keys.shape[-2] + SPARE_TOKENS
+        own.update(keys.to(device), values.to(device))
+    with safe_open(folder / "tokens.safetensors", framework="pt") as file:
         reading.ids, reading.types, reading.cache_types = (file.get_tensor(n) for n in ("ids", "types", "cache_types"))
         states = {key for key in file.keys() if key.startswith("method.")}  # noqa: SIM118
         method.load_state({key.removeprefix("method."): file.get_tensor(key) for key in states})

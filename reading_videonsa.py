@@ -11,29 +11,27 @@ taken back after the answer; so footage that arrives later continues the video w
 however a prompt is cut into chunks.
 """
 
+import copy
 import json
 import os
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
 
 try:
-    from .cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, restored_after, state_of
+    from .cache_videonsa import SPARE_TOKENS, RoomyCache, restore_, restored_after, state_of
     from .configuration_videonsa import NSA_FIELDS
     from .generation_videonsa import CACHE_NAME
     from .kv_budget_videonsa import KvMethod, budget_method
+    from .prefill_videonsa import Prefilled, ReadingProgress, Reporter, crop_
     from .prompt_videonsa import (
-        Ahead,
         OpenVideo,
-        Piece,
         Prompt,
         ReadingPlan,
         check_chunk,
@@ -49,14 +47,13 @@ try:
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
-    from cache_videonsa import SPARE_TOKENS, RoomyCache, RoomyLayer, restore_, restored_after, state_of
+    from cache_videonsa import SPARE_TOKENS, RoomyCache, restore_, restored_after, state_of
     from configuration_videonsa import NSA_FIELDS
     from generation_videonsa import CACHE_NAME
     from kv_budget_videonsa import KvMethod, budget_method
+    from prefill_videonsa import Prefilled, ReadingProgress, Reporter, crop_
     from prompt_videonsa import (
-        Ahead,
         OpenVideo,
-        Piece,
         Prompt,
         ReadingPlan,
         check_chunk,
@@ -71,18 +68,6 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from reading_files_videonsa import load_reading, media_fingerprint, save_reading
 
 CHUNK_TOKENS = 1024
-
-
-@dataclass(frozen=True)
-class ReadingProgress:
-    """How far a reading is: frames and tokens of how many, seconds it took, and seconds expected for the rest."""
-
-    frames: int
-    total_frames: int
-    tokens: int
-    total_tokens: int
-    seconds: float
-    remaining: float
 
 
 @dataclass(frozen=True)
@@ -218,34 +203,25 @@ _LOCKS: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 _LOCKS_LOCK = threading.Lock()
 
 
-class Reading:
+class Reading(Prefilled):
     """What a model has read; made by `model.read`.
 
     Threads may share a reading, and readings of one model: whatever they ask is answered one after the other. (A
     `model.generate` of somebody else at the same time is not kept apart.)
 
-    Attributes:
-        model, processor: that read it.
+    Attributes, besides those of `Prefilled`:
+        processor: of the model.
         plan: `ReadingPlan`.
-        cache: the key-value cache.
-        method: that keeps it to a budget (`KvMethod`).
-        is_kept: to a budget, in a way that takes no new vision tokens.
         frames: (height, width) in tokens of every image and every step of a video.
-        ids, types: (tokens,), the tokens that were read and said, and 0 for text, 1 for image, 2 for video tokens.
-        cache_types: types of the entries of the cache, of which a budget may have left fewer.
         media: what was read, a description and a digest of each image and video.
         seconds: of the last video that were read.
     """
 
     def __init__(self, model, processor, plan: ReadingPlan, prompt: "Prompt | None", cache, method: KvMethod):
-        self.model, self.processor, self.plan, self.cache, self.method = model, processor, plan, cache, method
+        super().__init__(model, cache, method)
+        self.processor, self.plan = processor, plan
         self.frames = [] if prompt is None else prompt.frames
-        self.is_kept = False
         self.settings, self._weights = reading_settings(model), _versions(model)
-        self.ids = torch.empty(0, dtype=torch.long)
-        self.types = torch.empty(0, dtype=torch.long)
-        self.cache_types = self.types
-        self.next_position = 0
         self.video: OpenVideo | None = None
         if prompt is not None:
             self.text, self.base, self.whole = prompt.text, prompt.base, prompt.whole
@@ -255,16 +231,20 @@ class Reading:
         self._pending: list[int] = []  # its last tokens, if they are not in the cache
         self._before_turns: tuple | None = None
         self._state: tuple | None = None  # of a cache that cannot be cut, before the first question that was kept
-        self._is_busy = self._is_broken = self._is_cut = False
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that were read and said."""
-        return len(self.ids)
+        self._is_busy = self._is_cut = False
 
     @property
     def seconds(self) -> float:
         return 0.0 if self.video is None else self.video.steps * self.video.seconds_per_step
+
+    def __deepcopy__(self, memo: dict) -> "Reading":
+        """A reading of the same model and processor, with a cache and a conversation of its own."""
+        memo |= {id(one): one for one in (self.model, self.processor)}
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        with self._exclusive():
+            vars(new).update(copy.deepcopy(vars(self), memo), _is_busy=False)
+        return new
 
     def __repr__(self) -> str:
         return f"Reading({self.num_tokens:,} tokens, {self.cache.get_seq_length():,} in the cache)"
@@ -345,7 +325,7 @@ class Reading:
             if self._state is not None:
                 restore_(self.cache, self._state)
             else:
-                _crop_(self.cache, [layer.get_seq_length() - added for layer in self.cache.layers])
+                crop_(self.cache, [layer.get_seq_length() - added for layer in self.cache.layers])
             self.ids, self.types = self.ids[:length], self.types[:length]
             self.cache_types = self.cache_types[: len(self.cache_types) - added]
             self._said, self._pending, self._before_turns, self._state = None, [], None, None
@@ -421,28 +401,28 @@ class Reading:
                     (layer.keys[..., -tokens:, :], layer.values[..., -tokens:, :]) for layer in self.cache.layers
                 ]
                 half_step = [(keys.clone(), values.clone()) for keys, values in half_step]
-                if not self._cut(self.num_tokens - tokens):
+                if not self.cut(self.num_tokens - tokens):
                     name = type(self.cache).__name__
                     raise ValueError(f"`cache` = {name} cannot be cut, and the video ended with half a step")
                 self.next_position = open_video.next_position(self.model, first)
                 open_video.steps, open_video.tail = first, None
             ids = torch.full((steps * tokens,), self.model.config.video_token_id)
             positions = open_video.positions(self.model, first, first + steps)
-            report = _Reporter(frames, len(ids), progress, callback)
+            report = Reporter(frames, len(ids), progress, callback)
             pieces = stream_pieces(stream, open_video.size, chunk * merge**2, before)
             start = self.num_tokens
             try:
-                self._prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
+                self.prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
             finally:
                 whole, rest = divmod(self.num_tokens - start, tokens)
-                self._is_cut = not self._cut(self.num_tokens - rest)
+                self._is_cut = not self.cut(self.num_tokens - rest)
                 if not whole and before is not None:  # nothing has come to complete the half step: as it was
                     for layer, states in zip(self.cache.layers, half_step, strict=True):
                         layer.update(*states)
-                    self._append(ids[:tokens], torch.full_like(ids[:tokens], 2))
+                    self.append(ids[:tokens], torch.full_like(ids[:tokens], 2))
                     open_video.tail, whole = before, 1
                 elif whole == steps:
-                    open_video.tail = self._tail
+                    open_video.tail = self.tail
                 open_video.steps = first + whole
                 self.next_position = open_video.next_position(self.model, first + whole)
                 self.frames = self.frames[: len(self.frames) - (steps - whole)]
@@ -450,7 +430,7 @@ class Reading:
     def save(self, folder: str | os.PathLike, *, overwrite: bool = False) -> None:
         """Keep the reading on disk; `model.load_reading(folder)` brings it back, next week or on another machine.
 
-        The folder holds `cache.safetensors` and `reading.json`, and appears when both are whole.
+        The folder holds safetensors files and `reading.json`, and appears when all are whole.
 
         Args:
             folder: to be made.
@@ -558,20 +538,16 @@ class Reading:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         self._pending = [token for token in [*rest, *new][len(said) :] if token not in ends]
-        self._append(torch.tensor(said), torch.zeros(len(said), dtype=torch.long))
+        self.append(torch.tensor(said), torch.zeros(len(said), dtype=torch.long))
         self.next_position += len(said)
         self.text = text + answer
         self._said = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
 
-    def _append(self, ids: torch.Tensor, types: torch.Tensor) -> None:
-        self.ids, self.types = torch.cat([self.ids, ids]), torch.cat([self.types, types])
-        self.cache_types = torch.cat([self.cache_types, types])
-
     def _read(self, prompt: Prompt, progress: bool, callback) -> None:
-        report = _Reporter(prompt.num_frames, prompt.length, progress, callback)
+        report = Reporter(prompt.num_frames, prompt.length, progress, callback)
         with self._exclusive():
             try:
-                self._prefill(prompt.ids, prompt.types, prompt.positions, prompt.pieces(), prompt.chunk_tokens, report)
+                self.prefill(prompt.ids, prompt.types, prompt.positions, prompt.pieces(), prompt.chunk_tokens, report)
             except BaseException as error:
                 if self._keep_whole_media(prompt):
                     error.reading = self
@@ -590,7 +566,7 @@ class Reading:
             if done > 0:
                 whole.append(span)
                 end, frames = span.start + done, frames + done // span.step_tokens
-        if not whole or self._is_broken or not self._cut(end):
+        if not whole or self.is_broken or not self.cut(end):
             return False
         self.frames, self.media = self.frames[:frames], self.media[: len(whole)]
         self.next_position = int(prompt.positions[:, :, : self.num_tokens].max()) + 1
@@ -616,87 +592,8 @@ class Reading:
             steps=steps,
             seconds_per_step=prompt.seconds[number],
             fps=plan.fps,
-            tail=self._tail if steps == span.grid[0] else None,
+            tail=self.tail if steps == span.grid[0] else None,
         )
-
-    def _prefill(self, ids, types, positions, pieces: Iterator[Piece], chunk_tokens: int, report: "_Reporter") -> None:
-        """Run the model over new tokens. After an error, what came before the chunk that failed is there.
-
-        Args:
-            ids, types: (tokens,); positions: (3, 1, tokens).
-            pieces: of their images and videos.
-        """
-        device = self.model.get_input_embeddings().weight.device
-        self._tail = None
-        ahead, layers = Ahead(pieces), self.cache.layers
-        with closing(ahead), closing(report), torch.no_grad(), self.method.observer(self.model) as queries:
-            arriving, features = iter(ahead), None
-            for start in range(0, len(ids), chunk_tokens):
-                part = slice(start, start + chunk_tokens)
-                embeds = self.model.get_input_embeddings()(ids[None, part].to(device))
-                is_vision = types[part] != 0
-                needed, frames = int(is_vision.sum()), 0
-                while needed > (0 if features is None else len(features)):
-                    piece = next(arriving)
-                    encoded = self._encode(piece)
-                    features = encoded if features is None else torch.cat([features, encoded])
-                    frames, self._tail = frames + piece.num_frames, piece.tail
-                if needed:
-                    embeds[0, is_vision.to(device)] = features[:needed].to(embeds)
-                    features = features[needed:]
-                self._run(embeds, positions[:, :, part], types[part])
-                self._append(ids[part], types[part])
-                self.cache_types = self.method.during(layers, self.cache_types[None])[0]
-                self.next_position = max(self.next_position, int(positions[:, :, part].max()) + 1)
-                report(frames, len(types[part]))
-            kept = self.method.finish(layers, self.cache_types[None], queries)
-            self.is_kept = kept is None
-            self.cache_types = torch.zeros(self.cache.get_seq_length()).long() if kept is None else kept[0]
-            if len(self.cache_types) < self.num_tokens:
-                for layer in layers:
-                    layer.reserve(layer.get_seq_length() + SPARE_TOKENS)
-
-    def _encode(self, piece: Piece) -> torch.Tensor:
-        """(tokens, hidden_size)"""
-        tower = self.model.model.visual
-        device = next(tower.parameters()).device
-        outputs = self.model.model.get_video_features(piece.patches.to(device), piece.grid.to(device), return_dict=True)
-        return torch.cat(outputs.pooler_output)
-
-    def _run(self, embeds: torch.Tensor, positions: torch.Tensor, types: torch.Tensor) -> None:
-        state = state_of(self.cache) if isinstance(self.cache, RoomyCache) else None
-        length = self.cache.get_seq_length()
-        self.cache.mrope_deltas = torch.zeros(1, 1, dtype=torch.long, device=embeds.device)
-        try:
-            self.model.model(
-                inputs_embeds=embeds,
-                position_ids=positions.to(embeds.device),
-                mm_token_type_ids=torch.cat([self.cache_types, types])[None].to(embeds.device),
-                use_cache=True,
-                **{CACHE_NAME: self.cache},
-            )
-        except BaseException:
-            self._is_broken = state is None and not _crop_(self.cache, [length] * len(self.cache.layers))
-            if state is not None:
-                restore_(self.cache, state)
-            raise
-
-    def _cut(self, length: int) -> bool:
-        """Forget the tokens from `length` on, if the cache has them as they came; whether it ends there now.
-
-        In a compressed cache these are vision tokens of a step that is not whole: such wait at its end.
-        """
-        removed = self.num_tokens - length
-        if not removed:
-            return True
-        is_compressed = len(self.cache_types) < self.num_tokens
-        if is_compressed and not (self.method.takes_new_vision and self.types[length:].all()):
-            return False
-        if not _crop_(self.cache, [layer.get_seq_length() - removed for layer in self.cache.layers]):
-            return False
-        self.ids, self.types = self.ids[:length], self.types[:length]
-        self.cache_types = self.cache_types[: len(self.cache_types) - removed]
-        return True
 
 
 def _check_generation(model, generation: Mapping[str, Any]) -> None:
@@ -714,41 +611,9 @@ def _check_generation(model, generation: Mapping[str, Any]) -> None:
             )
 
 
-def _crop_(cache, lengths: Sequence[int]) -> bool:
-    """Cut the layers of a cache to their lengths; whether that could be done."""
-    added = [layer.get_seq_length() - length for layer, length in zip(cache.layers, lengths, strict=True)]
-    if not all(type(layer) in (RoomyLayer, DynamicLayer) for layer in cache.layers):
-        return False  # of quantised layers, only the last tokens could be cut
-    for number, layer in zip(added, cache.layers, strict=True):
-        if number > 0:
-            layer.crop(-number)
-    return all(layer.get_seq_length() <= length for layer, length in zip(cache.layers, lengths, strict=True))
-
-
 def _versions(model) -> tuple:
     """Changes when a weight does: torch counts writes to it, but those through `.data` or in inference mode."""
     versions = [(id(one), 0 if one.is_inference() else one._version) for one in model.parameters()]
     # Of adapters, whether they are merged or switched off.
     flags = (getattr(module, name, None) for module in model.modules() for name in ("merged", "disable_adapters"))
     return tuple(versions), tuple(flag for flag in flags if isinstance(flag, bool))
-
-
-class _Reporter:
-    """Progress of a reading: a bar, which appears after two seconds, and a callback."""
-
-    def __init__(self, frames: int, tokens: int, progress: bool, callback):
-        self._frames, self._tokens, self._callback = [0, frames], [0, tokens], callback
-        self._start = time.perf_counter()
-        self._bar = tqdm(total=tokens, desc="Reading", unit=" tokens", unit_scale=True, delay=2, disable=not progress)
-
-    def __call__(self, frames: int, tokens: int) -> None:
-        self._frames[0] += frames
-        self._tokens[0] += tokens
-        self._bar.update(tokens)
-        if self._callback is not None:
-            seconds = time.perf_counter() - self._start
-            done, total = self._tokens
-            self._callback(ReadingProgress(*self._frames, done, total, seconds, seconds / done * (total - done)))
-
-    def close(self) -> None:
-        self._bar.close()

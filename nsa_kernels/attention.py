@@ -36,7 +36,7 @@ def forward(
         for head in range(num_kv_heads):
             k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
             k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
-            k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
+            k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
             for chunk, first in _chunks(span, block_size * block_counts, size):
                 index = chunk, utils.head_slice(head, group_size)
                 q_chunk = q[index].to(acc)
@@ -96,8 +96,8 @@ def backward(
             k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
             k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
             dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-            k_blocks, v_blocks = (selection.split_blocks(x, block_size) for x in (k_head, v_head))
-            dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+            k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
+            dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
             # The branches add into the same memory; a window never reaches the padding of the last block.
             dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
             for chunk, first in _chunks(span, block_size * block_counts, size):

@@ -31,7 +31,8 @@ class VisionRouting:
 
     Attributes:
         vision_rows: (sample, row) index tensors of the new vision tokens, (total_q,) each, ordered by sample.
-        vision_keys: (sample, key) index tensors of all vision tokens of the samples, (total_k,) each.
+        vision_keys: an index of (batch, keys) for all vision tokens of the samples. One video's follow each other: then
+            it is (sample, slice), which copies nothing; else two index tensors, (total_k,) each.
         lengths: the samples' boundaries in the two.
         text_runs: the text rows.
         text_rows: (sample, row) index tensors of the text rows, in the order of `text_runs`.
@@ -40,7 +41,7 @@ class VisionRouting:
     """
 
     vision_rows: tuple[torch.Tensor, torch.Tensor]
-    vision_keys: tuple[torch.Tensor, torch.Tensor]
+    vision_keys: tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]
     lengths: utils.SequenceLengths
     text_rows: tuple[torch.Tensor, torch.Tensor]
     text_runs: list[TextRun]
@@ -91,7 +92,7 @@ class VisionRouting:
                 lengths_k.append(int(vision[first:end].sum()))
         return cls(
             vision_rows=is_vision[:, past:].nonzero(as_tuple=True),
-            vision_keys=is_vision.nonzero(as_tuple=True),
+            vision_keys=_index(is_vision),
             lengths=utils.SequenceLengths.from_lengths(lengths_q, lengths_k),
             text_rows=(is_valid & ~is_vision)[:, past:].nonzero(as_tuple=True),
             text_runs=text_runs,
@@ -182,6 +183,14 @@ def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
         return None
     starts = position_ids[0] == 0
     return starts if starts[:, 1:].any() else None
+
+
+def _index(is_taken: torch.Tensor) -> tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]:
+    """What `is_taken` (batch, length) is true of, as an index in order: consecutive columns of one row as a slice."""
+    rows, columns = is_taken.nonzero(as_tuple=True)
+    if len(rows) and rows[0] == rows[-1] and columns[-1] - columns[0] + 1 == len(columns):
+        return int(rows[0]), slice(int(columns[0]), int(columns[-1]) + 1)
+    return rows, columns
 
 
 def _text_runs(row: int, valid: torch.Tensor, vision: torch.Tensor, first: int, past: int) -> list[TextRun]:

@@ -55,9 +55,37 @@ def chunk_tokens(block_counts: int, group_size: int, head_dim: int) -> int:
     return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
 
 
-def split_blocks(x: Tensor, block_size: int) -> Tensor:
-    """(num_keys, head_dim) -> (num_blocks, block_size, head_dim); zeros complete the last block."""
-    return F.pad(x, (0, 0, 0, -x.shape[0] % block_size)).unflatten(0, (-1, block_size))
+class Blocks:
+    """Keys or values of one head, (num_keys, head_dim), by block; only an incomplete last block is copied.
+
+    Attributes:
+        size: tokens of a block.
+        whole: (num_whole, size, head_dim), a view.
+        last: (0 or 1, size, head_dim), completed by zeros.
+    """
+
+    def __init__(self, x: Tensor, size: int):
+        num_whole = x.shape[0] // size
+        self.size, self.whole = size, x[: num_whole * size].unflatten(0, (num_whole, size))
+        rest = x[num_whole * size :]
+        self.last = F.pad(rest, (0, 0, 0, -rest.shape[0] % size)).unflatten(0, (-1, size))
+
+    def __len__(self) -> int:
+        return len(self.whole) + len(self.last)
+
+    def zeros(self) -> Tensor:
+        """(num_blocks, size, head_dim), for gradients."""
+        return self.whole.new_zeros(len(self), *self.whole.shape[1:])
+
+    def fetch(self, blocks: Tensor) -> Tensor:
+        """(tiles,) -> (tiles, size, head_dim), of the blocks of `_Tiles`: an incomplete last one is at their end."""
+        if not len(self.whole):
+            return self.last.index_select(0, blocks)
+        num_whole = len(self.whole)
+        if not len(self.last) or (utils.reading_is_free(blocks.device) and blocks[-1] < num_whole):
+            return self.whole.index_select(0, blocks)
+        taken = self.whole.index_select(0, blocks.clamp(max=num_whole - 1))
+        return torch.where((blocks == num_whole)[:, None, None], self.last, taken)
 
 
 def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: int) -> _Tiles:
@@ -97,18 +125,18 @@ def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return x.index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * x.shape[1], -1)
 
 
-def _score_batches(q: Tensor, k_blocks: Tensor, tiles: _Tiles, first: int, softmax_scale: float):
+def _score_batches(q: Tensor, k_blocks: Blocks, tiles: _Tiles, first: int, softmax_scale: float):
     """Batches of (slice of tiles, rows (tiles, tile_size), query rows, scaled scores (.., tile_size * group, B))."""
     _, group_size, head_dim = q.shape
     num_tiles, tile_size = tiles.tokens.shape
-    block_size = k_blocks.shape[1]
+    block_size = k_blocks.size
     step = utils.tile_tokens(tile_size * group_size * (head_dim + block_size), q.device)
     offset = torch.arange(block_size, device=q.device)
     for start in range(0, num_tiles, step):
         batch = slice(start, min(start + step, num_tiles))
         rows = tiles.tokens[batch]
         q_rows = _gather_rows(q, rows)
-        scores = q_rows @ k_blocks.index_select(0, tiles.blocks[batch]).mul_(softmax_scale).mT
+        scores = q_rows @ k_blocks.fetch(tiles.blocks[batch]).mul_(softmax_scale).mT
         if batch.stop > tiles.first_own:
             key = (tiles.blocks[batch, None] * block_size + offset)[:, None, None]
             hidden = key > (rows + first)[:, :, None, None]  # (tiles, tile_size, 1, B)
@@ -118,8 +146,8 @@ def _score_batches(q: Tensor, k_blocks: Tensor, tiles: _Tiles, first: int, softm
 
 def selection_forward(
     q: Tensor,
-    k_blocks: Tensor,
-    v_blocks: Tensor,
+    k_blocks: Blocks,
+    v_blocks: Blocks,
     block_indices: Tensor,
     first: int,
     softmax_scale: float,
@@ -129,11 +157,11 @@ def selection_forward(
 
     Args:
         q: (tokens, group_size, head_dim), the tokens at positions first, first + 1, ...
-        k_blocks, v_blocks: (num_blocks, block_size, head_dim) from `split_blocks`.
+        k_blocks, v_blocks: of the head's num_keys keys.
         block_indices: (tokens, block_counts), distinct within a token; -1 and blocks after the token are ignored.
     """
     group_size, head_dim = q.shape[1:]
-    tiles = _make_tiles(block_indices, first, k_blocks.shape[1], k_blocks.shape[0])
+    tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
     num_tiles, tile_size = tiles.tokens.shape
     partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
     maxima = q.new_empty(num_tiles, tile_size * group_size)
@@ -145,7 +173,7 @@ def selection_forward(
         probs = scores.sub_(row_max).exp_()
         maxima[batch] = row_max.squeeze(-1)
         sums[batch] = probs.sum(-1)
-        torch.bmm(probs, v_blocks.index_select(0, tiles.blocks[batch]), out=partial[batch])
+        torch.bmm(probs, v_blocks.fetch(tiles.blocks[batch]), out=partial[batch])
 
     # Each token's pairs, put on their common maximum: (tokens, block_counts, group_size).
     pair_max = maxima.view(-1, group_size)[tiles.slots].masked_fill_(~tiles.counted[..., None], -torch.inf)
@@ -168,8 +196,8 @@ def _add_pairs(partial: Tensor, slots: Tensor, group_size: int, weights: Tensor)
 
 def selection_backward(
     q: Tensor,
-    k_blocks: Tensor,
-    v_blocks: Tensor,
+    k_blocks: Blocks,
+    v_blocks: Blocks,
     block_indices: Tensor,
     do: Tensor,
     lse: Tensor,
@@ -187,7 +215,7 @@ def selection_backward(
         do: like q; lse, gate, delta: (tokens, group_size), delta the sum of o * do over head_dim.
     """
     group_size, head_dim = q.shape[1:]
-    tiles = _make_tiles(block_indices, first, k_blocks.shape[1], k_blocks.shape[0])
+    tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
     num_tiles, tile_size = tiles.tokens.shape
     partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
     for batch, rows, q_rows, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
@@ -196,13 +224,13 @@ def selection_backward(
         lse_rows = _gather_rows(lse, rows).view(*rows.shape, -1).masked_fill(~tiles.inside[batch, :, None], torch.inf)
         probs = scores.sub_(lse_rows.view(len(rows), -1, 1)).exp_()
         do_rows = _gather_rows(do, rows)
-        dscores = do_rows @ v_blocks.index_select(0, blocks).mT
+        dscores = do_rows @ v_blocks.fetch(blocks).mT
         if gate is not None:
             probs.mul_(_gather_rows(gate, rows))
         utils.add_rows_(dv_blocks, blocks, probs.mT @ do_rows)
         dscores = dscores.sub_(_gather_rows(delta, rows)).mul_(probs).mul_(softmax_scale)
         utils.add_rows_(dk_blocks, blocks, dscores.mT @ q_rows)
-        torch.bmm(dscores, k_blocks.index_select(0, blocks), out=partial[batch])
+        torch.bmm(dscores, k_blocks.fetch(blocks), out=partial[batch])
     weights = tiles.counted[..., None].expand(-1, -1, group_size).to(q.dtype)
     return _add_pairs(partial, tiles.slots, group_size, weights)
 
@@ -217,7 +245,7 @@ class _SelectionFunction(torch.autograd.Function):
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
         for span in lengths.spans():
             for head in range(k.shape[1]):
-                k_blocks, v_blocks = (split_blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+                k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
                 for chunk, first in utils.query_chunks(span, size):
                     index = chunk, utils.head_slice(head, group_size)
                     o[index], lse[index] = selection_forward(
@@ -241,8 +269,8 @@ class _SelectionFunction(torch.autograd.Function):
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for span in lengths.spans():
             for head in range(k.shape[1]):
-                k_blocks, v_blocks = (split_blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
-                dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+                k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+                dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
                 for chunk, first in utils.query_chunks(span, size):
                     index = chunk, utils.head_slice(head, group_size)
                     do_chunk = do[index].to(acc)

@@ -27,12 +27,13 @@ def _score_tiles(
     tokens, group_size, head_dim = q.shape
     step = _TILE_TOKENS.get(q.device.type, _TILE_TOKENS_ACCELERATOR)
     step = min(step, utils.tile_tokens(group_size * min(window_size + step, first + tokens), q.device))
-    scaled_k = k * softmax_scale
+    oldest = max(0, first - window_size + 1)
+    scaled_k = k[oldest : first + tokens] * softmax_scale
     band_shape, band = None, None
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         keys = slice(max(0, first + start - window_size + 1), first + rows.stop)
-        scores = q[rows].reshape(-1, head_dim) @ scaled_k[keys].mT
+        scores = q[rows].reshape(-1, head_dim) @ scaled_k[keys.start - oldest : keys.stop - oldest].mT
         shape = rows.stop - start, keys.stop - keys.start
         if shape != band_shape:  # the band looks the same from tile to tile, once past the start of the sequence
             band_shape, band = shape, _band(*shape, window_size, q)

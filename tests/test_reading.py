@@ -1,5 +1,6 @@
 """Readings: the answers of a prompt read in chunks are those of the whole prompt, and nothing changes them unseen."""
 
+import copy
 import itertools
 import json
 import threading
@@ -584,7 +585,11 @@ def test_readings_are_kept_on_disk(model, processor, tmp_path):
     answer = reading.ask(max_new_tokens=4)
     reading.save(tmp_path / "kept")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept"]
-    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == ["cache.safetensors", "reading.json"]
+    assert sorted(path.name for path in (tmp_path / "kept").iterdir()) == [
+        *(f"layer_{index:03}.safetensors" for index in range(len(reading.cache.layers))),
+        "reading.json",
+        "tokens.safetensors",
+    ]
     loaded = model.load_reading(tmp_path / "kept", messages_or_video=messages)
     assert loaded.ask(max_new_tokens=4).token_ids == answer.token_ids and loaded.plan == reading.plan
     for one in (reading, loaded):
@@ -601,6 +606,20 @@ def test_readings_are_kept_on_disk(model, processor, tmp_path):
         reading.save(tmp_path / "other", overwrite=True)
 
 
+def test_a_copy_is_a_reading_of_its_own(model, processor):
+    reading = model.read(processor, user([video(10)]))
+    once = reading.ask("What?", max_new_tokens=4)
+    copied = copy.deepcopy(reading)
+    assert copied.model is model and copied.processor is processor
+    copied.ask("And then?", keep=True, max_new_tokens=4)
+    copied.forget()
+    copied.extend(frames(6, 3))
+    assert reading.ask("What?", max_new_tokens=4).token_ids == once.token_ids
+    assert reading.num_tokens < copied.num_tokens
+    both = model.read(processor, user([{**video(0), "video": np.concatenate([frames(10), frames(6, 3)])}]))
+    assert copied.ask("What?", max_new_tokens=4).token_ids == both.ask("What?", max_new_tokens=4).token_ids
+
+
 def test_damaged_folders_are_refused(model, processor, tmp_path):
     reading = model.read(processor, user([video(9)]))
     with pytest.raises(ValueError, match="holds no reading"):
@@ -612,8 +631,9 @@ def test_damaged_folders_are_refused(model, processor, tmp_path):
         with pytest.raises(ValueError, match=r"`folder` .*kept"):
             model.load_reading(tmp_path / "kept", processor)
 
-    damage(lambda folder: (folder / "cache.safetensors").unlink())
-    damage(lambda folder: (folder / "cache.safetensors").write_bytes(b"x" * 100))
+    for name in ("tokens.safetensors", "layer_000.safetensors", "layer_003.safetensors"):
+        damage(lambda folder, name=name: (folder / name).unlink())
+        damage(lambda folder, name=name: (folder / name).write_bytes(b"x" * 100))
     damage(lambda folder: (folder / "reading.json").write_text("{"))
     damage(lambda folder: (folder / "reading.json").write_text("[]"))
     damage(lambda folder: edit(folder, lambda content: content.pop("plan")))
