@@ -96,14 +96,19 @@ def cache_bytes(config, tokens: int, bits: int = 16) -> int:
     return round(config.text_config.num_hidden_layers * _layer_values(config, tokens) * _bits_with_scale(bits, 32) / 8)
 
 
-def layer_copy_bytes(config, tokens: int, itemsize: int) -> int:
+def layer_copy_bytes(config, tokens: int, itemsize: int, is_one_run: bool = True) -> int:
     """Bytes of what one layer's attention copies of the keys and values of so many tokens, in the torch backend.
 
-    The vision tokens' of all heads, in the model's dtype; of one key/value head at a time, in float32, and these again,
-    padded to whole blocks, with their means.
+    The means of the blocks of one key/value head. Of smaller numbers than float32, all of one head in float32. If text
+    stands between the vision tokens, theirs of all heads, in the model's dtype, and those of one head.
+
+    Args:
+        is_one_run: whether all vision tokens follow each other, as those of one video do.
     """
-    one_head = 2 * tokens * _head_dim(config.text_config) * _FLOAT
-    return _layer_values(config, tokens) * itemsize + 2 * one_head + one_head // config.block_size
+    one_head = 2 * tokens * _head_dim(config.text_config) * max(_FLOAT, itemsize)
+    copied = one_head if itemsize < _FLOAT or not is_one_run else 0
+    gathered = 0 if is_one_run else _layer_values(config, tokens) * itemsize
+    return gathered + copied + one_head // config.block_size
 
 
 def chunk_bytes(config, chunk_tokens: int, itemsize: int, step_tokens: int = 0) -> int:
@@ -138,6 +143,7 @@ def estimate_memory(
     *,
     chunk_tokens: int,
     step_tokens: int = 64,
+    is_one_run: bool = True,
     itemsize: int = 2,
     weights: int | None = None,
     cache_bits: int = 0,
@@ -147,14 +153,14 @@ def estimate_memory(
     Args:
         config: a `VideoNSAConfig`.
         tokens: that the cache holds at most.
-        chunk_tokens: of `model.read`; step_tokens: of two frames.
+        chunk_tokens: of `model.read`; step_tokens: of two frames; is_one_run: as in `layer_copy_bytes`.
         itemsize: bytes of a number in activations.
         weights: bytes of the weights; by default those of `weight_bytes`.
         cache_bits: of `cache_bytes`; by default those of activations. A quantised cache is unpacked layer by layer.
     """
     weights = weight_bytes(config, 8 * itemsize) if weights is None else weights
-    working = chunk_bytes(config, chunk_tokens, itemsize, step_tokens) + layer_copy_bytes(config, tokens, itemsize)
-    working += tokens * _INDEX_BYTES
+    working = chunk_bytes(config, chunk_tokens, itemsize, step_tokens) + tokens * _INDEX_BYTES
+    working += layer_copy_bytes(config, tokens, itemsize, is_one_run)
     if cache_bits and cache_bits < 8 * itemsize:
         working += _layer_values(config, tokens) * itemsize
     return MemoryEstimate(weights, cache_bytes(config, tokens, cache_bits or 8 * itemsize), working)

@@ -197,6 +197,7 @@ class Prompt:
                 cached,
                 chunk_tokens=self.chunk_tokens,
                 step_tokens=largest,
+                is_one_run=int((self.types != 0).int().diff(prepend=torch.zeros(1)).eq(1).sum()) == 1,
                 itemsize=self.model.dtype.itemsize,
                 weights=sum(one.numel() * one.element_size() for one in self.model.parameters()),
             ),

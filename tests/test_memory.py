@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from published_sizes import PUBLISHED, published_config
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from checkpoints import run_python
 from configuration_videonsa import VideoNSAConfig
@@ -21,6 +23,7 @@ from memory_videonsa import (
     weight_bytes,
 )
 from modeling_videonsa import VideoNSAForConditionalGeneration
+from processing_videonsa import VideoNSAProcessor
 
 TINY = Path(__file__).resolve().parent.parent / "checkpoints" / "tiny"
 FLOAT32 = 4
@@ -116,7 +119,7 @@ def test_cache_of_an_hour():
 
 
 @linux
-def test_memory_grows_by_the_cache_and_the_copies_of_a_layer(films):
+def test_memory_grows_by_the_cache(films):
     """What the arithmetic says of 4,800 more tokens, as the process has it.
 
     The allocator gives larger tensors back at once here, so that the process holds what is in use.
@@ -136,10 +139,49 @@ def test_memory_grows_by_the_cache_and_the_copies_of_a_layer(films):
     group = text.num_attention_heads // text.num_key_value_heads
     scores = 3 * group * chunk * added // config.block_size * FLOAT32
     allowance = (4 * FLOAT32 + 3) * piece + scores + 128 * added
-    assert allowance < layer_copy_bytes(config, added, FLOAT32)  # so that the copies are seen
+    assert allowance < cache_bytes(config, added, 32)  # so that the cache is seen
     assert abs(long["peak"] - short["peak"] - expected) <= allowance
     for run in short, long:
         assert run["peak"] <= run["total"] - run["weights"] + PROCESS_BYTES
+
+
+class LargeTensors(TorchDispatchMode):
+    """Sizes in bytes of new tensors of at least so many bytes."""
+
+    def __init__(self, at_least: int):
+        super().__init__()
+        self.at_least, self.sizes = at_least, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage().data_ptr() for x in pytree.tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        outputs = function(*args, **(kwargs or {}))
+        for x in pytree.tree_leaves(outputs):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in given and x.nbytes >= self.at_least:
+                self.sizes.append(x.nbytes)
+        return outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("videos", [1, 2])
+def test_what_a_layer_copies(films, dtype, videos):
+    """Of one video in float32, nothing as long as the keys of a head; else what `layer_copy_bytes` says, at most."""
+    model = VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=dtype)
+    processor = VideoNSAProcessor.from_pretrained(TINY, trust_remote_code=True)
+    parts = [{"type": "video", "video": films[800]}] * videos
+    options = OPTIONS | {"progress": False}
+    reading = model.read(processor, [{"role": "user", "content": parts}], **options)
+    config, tokens = model.config, reading.num_tokens
+    head_dim = config.text_config.hidden_size // config.text_config.num_attention_heads
+    head = tokens * head_dim * dtype.itemsize
+    with LargeTensors(head // 2) as new:
+        reading.extend(np.zeros((2, 112, 112, 3), np.uint8), progress=False)
+    copies = [size for size in new.sizes if size > 8 * tokens]  # ids and types are copied, as 8 bytes a token
+    assert sum(copies) > 0 if videos == 2 or dtype == torch.bfloat16 else not copies
+    layers, heads = config.text_config.num_hidden_layers, config.text_config.num_key_value_heads
+    expected = layer_copy_bytes(config, tokens + 64, dtype.itemsize, videos == 1)
+    if videos == 2 or dtype == torch.bfloat16:  # of the heads of a layer, one at a time is there
+        one_head = 2 * tokens * head_dim * FLOAT32
+        assert sum(copies) / layers - (heads - 1) * one_head <= expected
 
 
 @linux
