@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-oldest check aot clean
+.PHONY: demo test test-oldest test-upstream check aot clean
 
 demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
@@ -26,6 +26,10 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(PYTHON310) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
 	touch $@
+
+test-upstream: .venv/installed  ## transformers' own tests of models, on VideoNSA and on Qwen2.5-VL
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt parameterized
+	$(BIN)/python tools/run_upstream_tests.py $(ARGS)
 
 check: .venv/installed
 	$(BIN)/ruff check .
