@@ -19,7 +19,6 @@ import platform
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +34,9 @@ from tqdm import tqdm  # noqa: E402
 from cache_videonsa import RoomyCache, restored_after  # noqa: E402
 from generation_videonsa import CACHE_NAME  # noqa: E402
 from kv_budget_videonsa import KV_METHODS, KvMethod, kv_method  # noqa: E402
+from prefill_videonsa import Prefilled, Reporter  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
+from prompt_videonsa import Piece  # noqa: E402
 from synthetic.drawing import write_scene  # noqa: E402
 from synthetic.scenes import KINDS, make_scene  # noqa: E402
 
@@ -46,53 +47,29 @@ WITH_WINDOW = ("pyramidkv", "snapkv")
 AFTER_QUESTION = ", after the question"
 
 
-@dataclass
-class Reading:
-    """What is left of a prompt: the cache, types of its entries or `None`, and the position that comes next."""
-
-    cache: RoomyCache
-    types: torch.Tensor | None
-    position: int
-
-
 @torch.inference_mode()
-def read(model, inputs: dict, method: KvMethod, chunk: int = CHUNK) -> Reading:
+def read(model, inputs: dict, method: KvMethod, chunk: int = CHUNK) -> Prefilled:
     """Read a prompt with one video, `chunk` tokens at a time, and keep what the method chooses.
 
     Raises:
         ValueError: the method's budget is too small for this prompt.
     """
-    decoder = model.model
     ids, types, grid = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["video_grid_thw"]
-    merge = decoder.visual.spatial_merge_size
+    merge = model.model.visual.spatial_merge_size
     frames = [(height // merge, width // merge) for steps, height, width in grid.tolist() for _ in range(steps)]
     method.expect(ids.shape[1], int((types == 0).sum()), frames)
     seconds = inputs.get("second_per_grid_ts")
-    positions, _ = decoder.get_rope_index(ids, types, video_grid_thw=grid, second_per_grid_ts=seconds)
-    features = torch.cat(decoder.get_video_features(inputs["pixel_values_videos"], grid).pooler_output)
-    embeds = decoder.get_input_embeddings()(ids)
-    embeds = embeds.masked_scatter((types != 0)[..., None], features.to(embeds))
-    cache = RoomyCache(model.config.text_config.num_hidden_layers)
-    cached = types[:, :0]
-    with method.observer(model) as queries:
-        for start in range(0, ids.shape[1], chunk):
-            part = slice(start, start + chunk)
-            cached = torch.cat([cached, types[:, part]], dim=1)
-            decoder(
-                inputs_embeds=embeds[:, part],
-                position_ids=positions[..., part],
-                mm_token_type_ids=cached,
-                **{CACHE_NAME: cache},
-            )
-            cached = method.during(cache.layers, cached)
-    kept = method.finish(cache.layers, cached, queries)
-    return Reading(cache, kept, int(positions.max()) + 1)
+    positions, _ = model.model.get_rope_index(ids, types, video_grid_thw=grid, second_per_grid_ts=seconds)
+    prefilled = Prefilled(model, RoomyCache(model.config.text_config.num_hidden_layers), method)
+    pieces = iter([Piece(inputs["pixel_values_videos"], grid, 0, None)])
+    prefilled.prefill(ids[0], types[0], positions, pieces, chunk, Reporter(0, ids.shape[1], False, None))
+    return prefilled
 
 
 @torch.inference_mode()
-def ask(model, reading: Reading, ids: torch.Tensor) -> torch.Tensor:
+def ask(model, reading: Prefilled, ids: torch.Tensor) -> torch.Tensor:
     """Logits (length, vocab_size) of the tokens `ids` (1, length) after a reading, which stays as it is."""
-    positions = (reading.position + torch.arange(ids.shape[1])).expand(3, 1, -1)
+    positions = (reading.next_position + torch.arange(ids.shape[1])).expand(3, 1, -1)
     with restored_after(reading.cache):
         return model(input_ids=ids, position_ids=positions, **{CACHE_NAME: reading.cache}).logits[0]
 

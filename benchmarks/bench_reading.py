@@ -8,6 +8,7 @@ qwen-vl-utils does. torchcodec is left out, and said to be, where it cannot be l
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import av
@@ -133,6 +134,8 @@ def main() -> None:
         return
     film = {"minutes": arguments.minutes, "width": arguments.width, "height": arguments.height, "fps": RATE}
     versions = {name: version(name) for name in ("av", "decord", "torch", "torchvision")}
+    with contextlib.suppress(PackageNotFoundError):
+        versions["torchcodec"] = version("torchcodec")
     machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
     results = {"date": datetime.date.today().isoformat(), "machine": machine, "film": film, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -143,10 +146,11 @@ def main() -> None:
             for reader in READERS:
                 own = [sys.executable, __file__, "--measure", reader, str(film), str(fps)]
                 own += ["--minutes", str(arguments.minutes)]
+                load = os.getloadavg()[0]  # of other programs on these cores
                 run = subprocess.run(own, capture_output=True, text=True, env=os.environ)
                 said = (run.stdout or run.stderr).strip().splitlines()[-1:]
                 row = json.loads(said[0]) if run.returncode == 0 else {"not_run": said[0][:200] if said else "crashed"}
-                results["rows"].append({"reader": reader, "fps": fps, **row})
+                results["rows"].append({"reader": reader, "fps": fps, "load": round(load, 2), **row})
                 print(results["rows"][-1], flush=True)
                 if arguments.output:
                     arguments.output.write_text(json.dumps(results, indent=1, default=str) + "\n")

@@ -427,7 +427,7 @@ def masked_dense(model, full, kept: list[list[list[int]]], question) -> torch.Te
     text = model.model.language_model
     hidden = text.embed_tokens(question)
     length, rows = full.cache.layers[0].keys.shape[2], question.shape[1]
-    positions = (full.position + torch.arange(rows)).expand(3, 1, -1)
+    positions = (full.next_position + torch.arange(rows)).expand(3, 1, -1)
     rotation = text.rotary_emb(hidden, positions)
     for layer, cached, of_layer in zip(text.layers, full.cache.layers, kept, strict=True):
         attention, x = layer.self_attn, layer.input_layernorm(hidden)
@@ -503,10 +503,10 @@ def test_new_vision_on_a_compressed_cache_is_sparse_attention_over_the_kept_entr
     inputs, _ = video_prompt(model, torch.float64)
     method = make(name, 60, model)
     reading = read(model, inputs, method, chunk=40)
-    assert reading.types is not None and method.takes_new_vision
+    assert not reading.is_kept and method.takes_new_vision
     kept = [(layer.keys, layer.values) for layer in reading.cache.layers]
     new, config = torch.tensor([[2] * 10 + [0] * 3]), model.config.text_config
-    types = torch.cat([reading.types, new], dim=1)
+    types = torch.cat([reading.cache_types[None], new], dim=1)
     is_vision, is_new_vision = types[0] != 0, new[0] != 0
     attentions = [layer.self_attn for layer in model.model.language_model.layers]
     calls = []
@@ -516,7 +516,7 @@ def test_new_vision_on_a_compressed_cache_is_sparse_attention_over_the_kept_entr
     with torch.no_grad():
         model.model(
             inputs_embeds=torch.randn(1, 13, config.hidden_size, generator=generator, dtype=torch.float64),
-            position_ids=(reading.position + torch.arange(13)).expand(3, 1, -1),
+            position_ids=(reading.next_position + torch.arange(13)).expand(3, 1, -1),
             mm_token_type_ids=types,
             **{CACHE_NAME: reading.cache},
         )
