@@ -444,6 +444,40 @@ def test_quantised_caches(processor, backend):
         reading.save("nowhere")
 
 
+class NoStream:
+    """A stream of a device that has none: what is put on it is done at once."""
+
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, *_):
+        pass
+
+    def __enter__(self):
+        pass
+
+    __exit__ = wait_stream
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_cache_that_is_offloaded(model, processor, device, monkeypatch):
+    """transformers moves layers between the devices; without a GPU, the same steps move them nowhere."""
+    if device == "cpu":
+        monkeypatch.setattr(torch, "Stream", NoStream)
+        monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    messages = user([video(12), text("What?")])
+    expected = model.read(processor, messages).ask(max_new_tokens=4).token_ids
+    model.to(device)
+    cache = DynamicCache(config=model.config.text_config, offloading=True)
+    reading = model.read(processor, messages, chunk_tokens=16, cache=cache)
+    for _ in range(2):  # a question leaves no trace
+        assert reading.ask(max_new_tokens=4).token_ids == expected
+    reading.extend(frames(4, 1))
+    longer = {**video(0), "video": np.concatenate([frames(12), frames(4, 1)])}
+    both = model.read(processor, user([longer]))
+    assert reading.ask("And?", max_new_tokens=4).token_ids == both.ask("And?", max_new_tokens=4).token_ids
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
