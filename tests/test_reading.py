@@ -8,10 +8,11 @@ from pathlib import Path
 
 import av
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import ROOT, build_released
-from transformers import AutoModel, DynamicCache, GenerationConfig, QuantizedCache
+from transformers import AutoModel, DynamicCache, GenerationConfig, QuantizedCache, TextIteratorStreamer
 
 from cache_videonsa import RoomyCache
 from generation_videonsa import CACHE_NAME
@@ -129,6 +130,50 @@ def test_answers_are_those_of_the_whole_prompt(model, processor, parts, mode):
             torch.testing.assert_close(asked_logits(reading, question), logits, **CLOSE)
             assert reading.ask(question, max_new_tokens=5).token_ids == answer
         torch.testing.assert_close(asked_logits(reading, messages[1]), expected[1], **CLOSE)
+
+
+def test_an_adapter_counts(model, processor):
+    messages = user([*PROMPTS["two videos"], text("What is it?")])
+    plain = logits_of(model, inputs_of(processor, messages))
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "g_proj_2"], init_lora_weights=False)
+    whole = peft.get_peft_model(model, adapter).eval()
+    expected, answer = logits_of(whole, inputs_of(processor, messages)), answer_of(whole, processor, messages, 5)
+    assert not torch.allclose(plain, expected, **CLOSE)
+    reading = whole.read(processor, messages, chunk_tokens=33)
+    torch.testing.assert_close(asked_logits(reading), expected, **CLOSE)
+    assert reading.ask(max_new_tokens=5).token_ids == answer
+
+
+def test_eager_attention(model, processor):
+    """transformers' function takes the softmax in float32: a reading is no further off than twice the whole prompt."""
+    messages = user([*PROMPTS["two videos"], text("What is it?")])
+    truth = logits_of(model, inputs_of(processor, messages))
+    model.set_attn_implementation("eager")
+    whole = (logits_of(model, inputs_of(processor, messages)) - truth).abs().max()
+    reading = model.read(processor, messages, chunk_tokens=33)
+    assert 0 < (asked_logits(reading) - truth).abs().max() <= 2 * whole
+
+
+def test_bfloat16(model, processor):
+    """A chunked reading is no further from float64 than twice what the whole prompt is in bfloat16."""
+    messages = user([*PROMPTS["video"], text("What is it?")])
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    model.load_state_dict(half.state_dict())  # the same numbers, in float64
+    truth = logits_of(model, inputs_of(processor, messages))
+    whole = (logits_of(half, inputs_of(processor, messages)).double() - truth).abs().max()
+    reading = half.read(processor, messages, chunk_tokens=33)
+    assert reading.cache.layers[0].keys.dtype == torch.bfloat16
+    assert 0 < (asked_logits(reading).double() - truth).abs().max() <= 2 * whole
+
+
+def test_answers_are_streamed(model, processor):
+    """Token by token, the question left out; the joined text is the answer's."""
+    reading = model.read(processor, user(PROMPTS["video"]))
+    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    answer = reading.ask("What is it?", max_new_tokens=6, streamer=streamer)
+    pieces = list(streamer)
+    assert len(pieces) > 2 and "".join(pieces) == answer.text
+    assert answer.token_ids == reading.ask("What is it?", max_new_tokens=6).token_ids
 
 
 def test_a_conversation_goes_on(model, processor):
