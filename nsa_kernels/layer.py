@@ -8,6 +8,7 @@ Eager code does the same with the parts that are here too, and keeps more for ba
 """
 
 from collections.abc import Callable
+from operator import itemgetter
 from types import SimpleNamespace
 
 import torch
@@ -43,6 +44,10 @@ def text_inputs(query: Tensor, key: Tensor, value: Tensor, run: routing.TextRun)
 
 def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: routing.VisionRouting) -> Tensor:
     """Both kinds of rows where they came from: (batch, q_len, num_heads, head_dim). Padding rows are zero."""
+    if isinstance(where.vision_rows[1], slice):  # of one prompt without padding, rows follow each other in runs
+        starts = where.vision_rows[1].start, *(run.start for run in where.text_runs)
+        parts = sorted(zip(starts, (vision, *text), strict=True), key=itemgetter(0))
+        return torch.cat([rows for _, rows in parts])[None]
     rows = [torch.cat(pair) for pair in zip(where.vision_rows, where.text_rows, strict=True)]
     output = query.new_zeros(query.shape[0], query.shape[2], *vision.shape[1:])
     return output.index_put_(rows, torch.cat([vision, *text]))
@@ -244,7 +249,7 @@ def _is_plain(attention_mask, kwargs: dict, *configs) -> bool:
 def _plan(token_types, attention_mask, position_ids, past):
     starts = None if past or attention_mask is not None else routing.sample_starts(position_ids)
     where = routing.VisionRouting.build(token_types, attention_mask, past, starts, needs_vision=False)
-    if len(where.vision_rows[0]):
+    if where.lengths.offsets_q[-1]:
         routing.check_sparse_call(attention_mask, position_ids if starts is None else None, past, {})
     result = where.plan
     _kept_with(result, lambda: where, past, token_types.device)

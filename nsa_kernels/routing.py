@@ -30,9 +30,11 @@ class VisionRouting:
     the cached and the new ones (`past + q_len`).
 
     Attributes:
-        vision_rows: (sample, row) index tensors of the new vision tokens, (total_q,) each, ordered by sample.
-        vision_keys: an index of (batch, keys) for all vision tokens of the samples. One video's follow each other: then
-            it is (sample, slice), which copies nothing; else two index tensors, (total_k,) each.
+        vision_rows: an index of (batch, q_len) for the new vision tokens, ordered by sample: two tensors, (total_q,)
+            each. Where a single prompt without padding has them side by side, as those of one video are, it is
+            (0, slice), which copies nothing.
+        vision_keys: an index of (batch, past + q_len) for all vision tokens of the samples: two tensors, (total_k,)
+            each, or (sample, slice) where they are side by side.
         lengths: the samples' boundaries in the two.
         text_runs: the text rows.
         text_rows: (sample, row) index tensors of the text rows, in the order of `text_runs`.
@@ -40,7 +42,7 @@ class VisionRouting:
             whatever the prompt, so this is what compiled layers take (layer.py).
     """
 
-    vision_rows: tuple[torch.Tensor, torch.Tensor]
+    vision_rows: tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]
     vision_keys: tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]
     lengths: utils.SequenceLengths
     text_rows: tuple[torch.Tensor, torch.Tensor]
@@ -91,7 +93,7 @@ class VisionRouting:
                 lengths_q.append(int(vision[new:end].sum()))
                 lengths_k.append(int(vision[first:end].sum()))
         return cls(
-            vision_rows=is_vision[:, past:].nonzero(as_tuple=True),
+            vision_rows=_index(is_vision[:, past:], len(is_valid) == 1 and bool(is_valid[0, past:].all())),
             vision_keys=_index(is_vision),
             lengths=utils.SequenceLengths.from_lengths(lengths_q, lengths_k),
             text_rows=(is_valid & ~is_vision)[:, past:].nonzero(as_tuple=True),
@@ -185,10 +187,10 @@ def sample_starts(position_ids: torch.Tensor | None) -> torch.Tensor | None:
     return starts if starts[:, 1:].any() else None
 
 
-def _index(is_taken: torch.Tensor) -> tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]:
+def _index(is_taken: torch.Tensor, may_slice: bool = True) -> tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]:
     """What `is_taken` (batch, length) is true of, as an index in order: consecutive columns of one row as a slice."""
     rows, columns = is_taken.nonzero(as_tuple=True)
-    if len(rows) and rows[0] == rows[-1] and columns[-1] - columns[0] + 1 == len(columns):
+    if may_slice and len(rows) and rows[0] == rows[-1] and columns[-1] - columns[0] + 1 == len(columns):
         return int(rows[0]), slice(int(columns[0]), int(columns[-1]) + 1)
     return rows, columns
 
