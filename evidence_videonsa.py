@@ -5,13 +5,24 @@
     answer.evidence.frames(5)        # the strongest, as pictures
     answer.evidence.storyboard()     # the same on one picture
 
-**First hop.** Text rows attend to every token before them. Of a row at position t, in a layer and a query head h that
-reads key/value head h // group_size, the share of a moment M (the tokens of one temporal step of a video) is
+**First hop.** Text rows attend to every token before them. In layer l, with the mean over its heads, row t attends to a
+moment M (the tokens of one temporal step of a video), and to a row r of the question and the answer before it, with
 
-    share[t, M] = mean over layers and heads of  sum over i in M of  softmax_i(q[t, h] . k[i] / sqrt(head_dim)), i <= t,
+    a[l, t, M] = mean over heads h of  sum over i in M of  softmax_i(q[l, t, h] . k[l, i] / sqrt(head_dim)),  i <= t
+    a[l, t, r] likewise, of one token.
 
-so that the shares of all moments, of images and of text make 1. They are computed anew from the queries of the question
-and the answer, which are kept while the model answers, and from the cached keys, a tile of both at a time.
+What it looks at is partly in those rows: they have read the video in the layers before. So what a row gave to them is
+handed on to where they looked, on average over the earlier layers, and the share of a moment is
+
+    share[t, M] = mean over layers l of  (a[l, t, M] + sum over r <= t of  a[l, t, r] * mean over k < l of  a[k, r, M]).
+
+The same goes for images and for the text before the question. What is handed on to rows of question and answer, and in
+layer 0 what goes to them at all, counts as text, so that the shares of all moments, of images and of text make 1. The
+row of an answer's token is the one that predicted it; the answer as a whole is the mean over its tokens, special ones
+(such as its end) aside. docs/evidence.md has measured this rule beside others.
+
+Shares are computed anew from the queries of question and answer, which are kept while the model answers, and from the
+cached keys, a tile of both at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,12 +38,14 @@ from transformers.cache_utils import DynamicLayer
 try:
     from .cache_videonsa import RoomyLayer
     from .kv_budget_videonsa import observed_queries, precise
+    from .second_hop_videonsa import Block, selected_blocks
     from .storyboard_videonsa import draw_plot, draw_storyboard
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import RoomyLayer
     from kv_budget_videonsa import observed_queries, precise
+    from second_hop_videonsa import Block, selected_blocks
     from storyboard_videonsa import draw_plot, draw_storyboard
 
 if TYPE_CHECKING:
@@ -78,6 +91,19 @@ class Frame:
     share: float
     video: int
     moment: Moment
+
+
+@dataclass(frozen=True)
+class SecondHop:
+    """What stood behind a moment: the blocks that its tokens selected.
+
+    Attributes:
+        moment: the moment.
+        blocks: `Block`s, the largest weight first.
+    """
+
+    moment: Moment
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -144,9 +170,11 @@ class Evidence:
                 f"`evidence`: `generation` fed {total - first} tokens in {queries.rows} rows, and question and answer "
                 f"have {rows}"
             )
-        shares = mean_shares(reading.model, queries.joined(), reading.cache.layers, segments, count, first)
+        shares = text_shares(reading.model, queries.joined(), reading.cache.layers, segments, count, first)
         predicting = shares[len(rest) - 1 :]
-        whole = shares.mean(0, keepdim=True)
+        special = set(reading.processor.tokenizer.all_special_ids)
+        is_said = torch.tensor([token not in special for token in new])
+        whole = (predicting[is_said] if is_said.any() else predicting).mean(0, keepdim=True)
         question = question if isinstance(question, str) else ""
         return cls(reading, torch.cat([whole, predicting]), new, question, answer)
 
@@ -187,6 +215,36 @@ class Evidence:
                 frames = read.frames(reading.processor, numbers, self._given(number, video))
                 pictures += [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
         return pictures
+
+    def second_hop(self, n: int = 3, *, video: Any = None) -> list[SecondHop]:
+        """The blocks that NSA's selection branch chose for the tokens of the strongest moments, in the order of time.
+
+        These moments are decoded, encoded and run through the decoder once more; the reading stays as it is. Their own
+        blocks, which tokens always select, are not told. There are none in dense mode.
+
+        Args:
+            n: how many moments.
+            video: as in `frames`.
+        Raises:
+            ValueError: as `frames`; the video was prepared with options of its own; or the reading or its model have
+                changed since.
+        """
+        reading, found = self._reading, []
+        steps = reading.model.config.vision_config.temporal_patch_size
+        with reading._exclusive(), torch.no_grad():
+            for moment in sorted(self.strongest(n), key=lambda moment: moment.index):
+                read = reading.videos[moment.video]
+                spans = read.spans(steps)[moment.step : moment.step + 1]
+                if (
+                    not spans
+                    or max(abs(spans[0][0] - moment.start), abs(spans[0][1] - moment.end)) > 0.5 / read.shape.fps
+                ):
+                    raise ValueError(
+                        f"the reading has changed at second {moment.start:.2f} since it was asked: ask anew"
+                    )
+                blocks = selected_blocks(reading, moment.video, moment.step, self._given(moment.video, video))
+                found.append(SecondHop(moment, tuple(blocks)))
+        return found
 
     def _given(self, number: int, video: Any) -> Any:
         count = len(self._reading.videos)
@@ -289,18 +347,32 @@ def segments_of(reading: "Reading") -> tuple[Tensor, int]:
     return segments, count + 2
 
 
-def mean_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, count: int, first: int) -> Tensor:
-    """Shares of attention, the mean over all layers and heads: (rows, count), float32 or more, on the CPU.
+def text_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, count: int, first: int) -> Tensor:
+    """The shares of every row of question and answer, by the rule at the top of this file.
 
     Args:
         queries: of each layer, (1, num_heads, rows, head_dim), rotated, of the tokens from position `first` on.
         layers: of the cache.
-        segments, count: as `segments_of` returns them.
+        segments, count: as `segments_of` returns them; the last one is text.
+    Returns:
+        (rows, count), float32 or more, on the CPU; every row makes 1.
     """
-    total = 0.0
-    for module, query, layer in zip(model.model.language_model.layers, queries, layers, strict=True):
-        shares = head_shares(query, layer.keys, segments, count, first, module.self_attn.scaling)
-        total = total + shares.mean(0).cpu()
+    rows = len(segments) - first
+    segments = segments.clone()
+    segments[first:] = torch.arange(count, count + rows)
+    total = before = None
+    for index, (module, query, layer) in enumerate(
+        zip(model.model.language_model.layers, queries, layers, strict=True)
+    ):
+        shares = head_shares(query, layer.keys, segments, count + rows, first, module.self_attn.scaling).mean(0).cpu()
+        direct, to_rows = shares.split([count, rows], dim=1)
+        plain = direct.clone()
+        plain[:, -1] += to_rows.sum(1)
+        if before is None:
+            total, before = plain, plain.clone()
+        else:
+            total += direct + to_rows @ (before / index)
+            before += plain
     return total / len(queries)
 
 
