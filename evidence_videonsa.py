@@ -38,15 +38,15 @@ from transformers.cache_utils import DynamicLayer
 try:
     from .cache_videonsa import RoomyLayer
     from .kv_budget_videonsa import observed_queries, precise
-    from .second_hop_videonsa import Block, selected_blocks
-    from .storyboard_videonsa import draw_plot, draw_storyboard
+    from .second_hop_videonsa import Block, Place, selected_blocks
+    from .storyboard_videonsa import SHOWN_BLOCKS, SHOWN_PLACES, BlockPicture, draw_plot, draw_storyboard
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import RoomyLayer
     from kv_budget_videonsa import observed_queries, precise
-    from second_hop_videonsa import Block, selected_blocks
-    from storyboard_videonsa import draw_plot, draw_storyboard
+    from second_hop_videonsa import Block, Place, selected_blocks
+    from storyboard_videonsa import SHOWN_BLOCKS, SHOWN_PLACES, BlockPicture, draw_plot, draw_storyboard
 
 if TYPE_CHECKING:
     from .reading_videonsa import Reading
@@ -230,20 +230,20 @@ class Evidence:
                 changed since.
         """
         reading, found = self._reading, []
-        steps = reading.model.config.vision_config.temporal_patch_size
-        with reading._exclusive(), torch.no_grad():
-            for moment in sorted(self.strongest(n), key=lambda moment: moment.index):
-                read = reading.videos[moment.video]
-                spans = read.spans(steps)[moment.step : moment.step + 1]
-                if (
-                    not spans
-                    or max(abs(spans[0][0] - moment.start), abs(spans[0][1] - moment.end)) > 0.5 / read.shape.fps
-                ):
-                    raise ValueError(
-                        f"the reading has changed at second {moment.start:.2f} since it was asked: ask anew"
-                    )
-                blocks = selected_blocks(reading, moment.video, moment.step, self._given(moment.video, video))
-                found.append(SecondHop(moment, tuple(blocks)))
+        per_step = reading.model.config.vision_config.temporal_patch_size
+        chosen = sorted(self.strongest(n), key=lambda moment: moment.index)
+        with reading.exclusive(), torch.no_grad():
+            for number, read in enumerate(reading.videos):
+                moments = [moment for moment in chosen if moment.video == number]
+                spans = dict(enumerate(read.spans(per_step)))
+                for one in moments:
+                    start, end = spans.get(one.step, (-1.0, -1.0))
+                    if max(abs(start - one.start), abs(end - one.end)) > 0.5 / read.shape.fps:
+                        raise ValueError(f"the reading has changed at second {one.start:.2f} since then: ask anew")
+                if moments:
+                    steps = [moment.step for moment in moments]
+                    blocks = selected_blocks(reading, number, steps, self._given(number, video))
+                    found += [SecondHop(*pair) for pair in zip(moments, map(tuple, blocks), strict=True)]
         return found
 
     def _given(self, number: int, video: Any) -> Any:
@@ -254,12 +254,46 @@ class Evidence:
             raise ValueError(f"`video` must be a list of {count}, as many as were read, got {type(video).__name__}")
         return video[number]
 
-    def storyboard(self, n: int = 5, *, video: Any = None) -> Image.Image:
+    def storyboard(self, n: int = 5, *, second_hop: bool = True, video: Any = None) -> Image.Image:
         """The strongest moments on one picture, in the order of time, with their times and shares.
 
-        Args and errors are those of `frames`.
+        Args:
+            n, video: as in `frames`.
+            second_hop: show under each moment the two blocks of the largest weight that its tokens selected.
+        Raises:
+            ValueError: as `frames` and `second_hop`.
         """
-        return draw_storyboard(self.frames(n, video=video), self.moments, self.question, self.answer)
+        frames, behind = self.frames(n, video=video), []
+        if second_hop:
+            blocks = [hop.blocks[:SHOWN_BLOCKS] for hop in self.second_hop(n, video=video)]
+            behind = self._pictures_of(blocks, video)
+        return draw_storyboard(frames, self.moments, self.question, self.answer, behind)
+
+    def _pictures_of(self, groups: Sequence[Sequence[Block]], video: Any) -> list[list[BlockPicture]]:
+        """For each block, pictures of the steps in which most of its tokens are."""
+        places = {
+            block.index: sorted(sorted(block.places, key=lambda place: -place.tokens)[:SHOWN_PLACES], key=_when)
+            for blocks in groups
+            for block in blocks
+        }
+        by_step = {(moment.video, moment.step): moment for moment in self.moments}
+        moments = {by_step[_when(place)].index: by_step[_when(place)] for of in places.values() for place in of}
+        ordered = [moments[index] for index in sorted(moments)]
+        pictures = dict(zip(sorted(moments), self.pictures(ordered, video), strict=True))
+        return [
+            [
+                BlockPicture(
+                    [(pictures[by_step[_when(place)].index], place.box) for place in places[block.index]],
+                    block.places[0].video,
+                    block.places[0].start,
+                    [place.end for place in block.places if place.video == block.places[0].video][-1],
+                    block.weight,
+                )
+                for block in blocks
+                if block.places
+            ]
+            for blocks in groups
+        ]
 
     def plot(self) -> Image.Image:
         """The shares over time, a picture.
@@ -284,6 +318,10 @@ class Evidence:
 
     def __repr__(self) -> str:
         return f"Evidence({len(self.moments)} moments, {sum(moment.share for moment in self.moments):.1%} of attention)"
+
+
+def _when(place: Place) -> tuple[int, int]:
+    return place.video, place.step
 
 
 class Queries:

@@ -70,56 +70,69 @@ class Block:
     places: tuple[Place, ...]
 
 
-def selected_blocks(reading: "Reading", number: int, step: int, video: Any = None) -> list[Block]:
-    """The earlier blocks that the tokens of a step selected, the largest weight first; none in dense mode.
+def selected_blocks(reading: "Reading", number: int, steps: Sequence[int], video: Any = None) -> list[list[Block]]:
+    """For some steps of a video, the earlier blocks that their tokens selected, the largest weight first.
 
-    A token's own block, which it always selects, is not among them. The caller holds the model's lock.
+    A token's own block, which it always selects, is not among them. There are none in dense mode. The caller holds the
+    model's lock.
 
     Args:
-        number, step: of the video, and of the step in it.
+        number: of the video; steps: in it, ascending.
         video: as in `ReadVideo.frames`.
     Raises:
         ValueError: the frames cannot be had, or not be prepared as they were.
     """
     config, read = reading.model.config, reading.videos[number]
+    if config.nsa_mode == "dense":
+        return [[] for _ in steps]
     if reading.preparation:
         raise ValueError(
             f"frames cannot be prepared as these were, with {', '.join(reading.preparation)}: there is no second hop"
         )
-    if config.nsa_mode == "dense":
-        return []
     tokens = read.shape.step_tokens(config.vision_config.spatial_merge_size)
-    start = read.first_token + step * tokens
-    types = reading.types[: start + tokens]
-    queries, gates = _run_again(reading, read, step, start, types, video)
-    chosen, weight = _choices(reading, queries, gates, types, start)
-    total = float(weight.sum()) or 1.0
-    blocks = [
-        Block(index, float(chosen[index]), float(weight[index]) / total, _places(reading, index))
-        for index in (chosen > 0).nonzero()[:, 0].tolist()
-    ]
-    return sorted(blocks, key=lambda block: (-block.weight, block.index))
+    found = []
+    for step, features in zip(steps, _features(reading, read, steps, video), strict=True):
+        start = read.first_token + step * tokens
+        types = reading.types[: start + tokens]
+        queries, gates = _run_again(reading, features, read.shape.positions(reading.model, step, step + 1), types)
+        chosen, weight = _choices(reading, queries, gates, types, start)
+        total = float(weight.sum()) or 1.0
+        blocks = [
+            Block(index, float(chosen[index]), float(weight[index]) / total, _places(reading, index))
+            for index in (chosen > 0).nonzero()[:, 0].tolist()
+        ]
+        found.append(sorted(blocks, key=lambda block: (-block.weight, block.index)))
+    return found
+
+
+def _features(reading: "Reading", read: ReadVideo, steps: Sequence[int], video: Any) -> Iterator[Tensor]:
+    """Of each step, its frames decoded and encoded anew: (tokens, hidden_size)."""
+    model, rows = reading.model, read.shape.size[0] * read.shape.size[1]
+    per_step, last = model.config.vision_config.temporal_patch_size, len(read.times)
+    numbers = [frame for step in steps for frame in range(per_step * step, min(per_step * (step + 1), last))]
+    device = next(model.model.visual.parameters()).device
+    grid = torch.tensor([[1, *read.shape.size]], device=device)
+    for patches in read.patches(reading.processor, numbers, video).split(rows):
+        yield torch.cat(list(model.model.get_video_features(patches.to(device), grid, return_dict=True).pooler_output))
 
 
 def _run_again(
-    reading: "Reading", read: ReadVideo, step: int, start: int, types: Tensor, video: Any
+    reading: "Reading", features: Tensor, positions: Tensor, types: Tensor
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of each layer, queries (1, num_heads, tokens, head_dim) and gates (tokens, num_heads, 3) of a step's tokens."""
-    model = reading.model
-    per_step = model.config.vision_config.temporal_patch_size
-    numbers = range(per_step * step, min(per_step * (step + 1), len(read.times)))
-    patches = read.patches(reading.processor, numbers, video)
-    tower = next(model.model.visual.parameters()).device
-    grid = torch.tensor([[1, *read.shape.size]], device=tower)
-    features = model.model.get_video_features(patches.to(tower), grid, return_dict=True).pooler_output
-    embedding = model.get_input_embeddings().weight
-    cache = Cache(layers=[PastLayer(layer, start) for layer in reading.cache.layers])
+    """Of each layer, queries (1, num_heads, tokens, head_dim) and gates (tokens, num_heads, 3) of a step's tokens.
+
+    Args:
+        features: (tokens, hidden_size); positions: (3, 1, tokens).
+        types: of all tokens up to these.
+    """
+    model, embedding = reading.model, reading.model.get_input_embeddings().weight
+    cache = Cache(layers=[PastLayer(layer, len(types) - len(features)) for layer in reading.cache.layers])
     cache.mrope_deltas = torch.zeros(1, 1, dtype=torch.long, device=embedding.device)
     queries: list[list[Tensor]] = []
     with observed_queries(model, queries.append), _observed_gates(model) as gates:
         model.model(
-            inputs_embeds=torch.cat(list(features))[None].to(embedding),
-            position_ids=read.shape.positions(model, step, step + 1).to(embedding.device),
+            inputs_embeds=features[None].to(embedding),
+            position_ids=positions.to(embedding.device),
             mm_token_type_ids=types[None].to(embedding.device),
             use_cache=True,
             **{CACHE_NAME: cache},
