@@ -27,7 +27,7 @@ cached keys, a tile of both at a time.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -305,19 +305,37 @@ class Evidence:
             raise ValueError("no video was read, so that there is nothing to plot")
         return draw_plot(self.moments, self.question, self.answer)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers, texts, lists and dicts, as JSON has them."""
-        return {
+    def to_dict(self, second_hop: int = 0, *, video: Any = None) -> dict[str, Any]:
+        """Numbers, texts, lists and dicts, as JSON has them.
+
+        Args:
+            second_hop: of how many of the strongest moments the second hop is told; video: as there.
+        Raises:
+            ValueError: as `second_hop`, where it is not 0.
+        """
+        values = {
             "question": self.question,
             "answer": self.answer,
             "text": self.text,
             "images": self.images,
-            "moments": [dict(vars(moment)) for moment in self.moments],
-            "tokens": [vars(token) | {"shares": list(token.shares)} for token in self.tokens],
+            "moments": [asdict(moment) for moment in self.moments],
+            "tokens": [asdict(token) | {"shares": list(token.shares)} for token in self.tokens],
         }
+        if second_hop:
+            hops = [asdict(hop) for hop in self.second_hop(second_hop, video=video)]
+            values["second_hop"] = [
+                {"moment": hop["moment"]["index"], "blocks": _as_lists(hop["blocks"])} for hop in hops
+            ]
+        return values
 
     def __repr__(self) -> str:
         return f"Evidence({len(self.moments)} moments, {sum(moment.share for moment in self.moments):.1%} of attention)"
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_lists(one) for name, one in value.items()}
+    return [_as_lists(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _when(place: Place) -> tuple[int, int]:
