@@ -29,8 +29,8 @@ from nsa_kernels.attention_budget import attention_budget  # noqa: E402
 from synthetic.scenes import parse_answer  # noqa: E402
 
 STORYBOARD = ROOT / "demo" / "output" / "storyboard.png"
-# Of the questions about demo/scene.mp4, one whose answer needs two seconds far from each other.
-DRAWN_KIND = "order"
+# Of the questions about demo/scene.mp4, one whose answer lies in several places.
+DRAWN_KIND = "count"
 BRANCHES = ("compression", "selection", "sliding window")
 
 
