@@ -14,7 +14,7 @@ from transformers import DynamicCache, QuantizedCache, TextStreamer
 
 import evidence_videonsa
 import modeling_videonsa
-from evidence_videonsa import Evidence, head_shares, segments_of
+from evidence_videonsa import Evidence, head_sums, segments_of
 from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSAForConditionalGeneration
 from processing_videonsa import VideoNSAProcessor
@@ -100,30 +100,35 @@ def segment_numbers(reading, parts: list[dict]) -> list[int | str]:
     return numbers
 
 
-def plain_shares(attentions: list[torch.Tensor], numbers: list, first: int, moments: int) -> np.ndarray:
-    """The rule in loops. attentions: of each layer, (1, num_heads, rows, keys); rows begin at token `first`."""
-    heads = [layer[0].mean(0).double().numpy() for layer in attentions]
-    rows = heads[0].shape[0]
+def plain_shares(attentions, values, numbers: list, first: int, moments: int) -> np.ndarray:
+    """The rule in loops.
+
+    attentions, values: of each layer, (1, num_heads, rows, keys) and (1, num_kv_heads, keys, head_dim); rows begin at
+    token `first`.
+    """
+    lengths = [layer[0].norm(dim=-1).repeat_interleave(2, 0) for layer in values]  # [num_heads, keys]
+    taken = [(layer[0] * length[:, None]).sum(0).numpy() for layer, length in zip(attentions, lengths, strict=True)]
+    rows = len(taken[0])
     places = {"image": moments, "text": moments + 1} | {number: number for number in range(moments)}
 
     def plain(layer: int, row: int) -> np.ndarray:
         sums = np.zeros(moments + 2)
-        for key, weight in enumerate(heads[layer][row]):
+        for key, weight in enumerate(taken[layer][row]):
             sums[places[numbers[key]] if key < first else moments + 1] += weight
         return sums
 
     result = np.zeros((rows, moments + 2))
     for row in range(rows):
-        for layer in range(len(heads)):
-            for key, weight in enumerate(heads[layer][row]):
+        for layer in range(len(taken)):
+            for key, weight in enumerate(taken[layer][row]):
                 if key < first:
                     result[row, places[numbers[key]]] += weight
                 elif layer == 0:
                     result[row, moments + 1] += weight
-                else:
-                    earlier = [plain(before, key - first) for before in range(layer)]
-                    result[row] += weight * np.mean(earlier, axis=0)
-    return result / len(heads)
+                elif weight:
+                    earlier = sum(plain(before, key - first) for before in range(layer))
+                    result[row] += weight * earlier / earlier.sum()
+    return result / result.sum(1, keepdims=True)
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])
@@ -141,7 +146,10 @@ def test_shares_are_those_of_eager_attention(model, processor, parts, mode):
         new = torch.cat([inputs["input_ids"][:, first:], torch.tensor([answer.token_ids[:-1]])], dim=1)
         inputs |= {"input_ids": new, "attention_mask": torch.ones(1, first + new.shape[1], dtype=torch.long)}
         attentions = model(**inputs, output_attentions=True).attentions
-    expected = plain_shares(attentions, segment_numbers(reading, parts), first, moments)[-len(answer.token_ids) :]
+        values = [layer.values.clone() for layer in reading.cache.layers]
+    expected = plain_shares(attentions, values, segment_numbers(reading, parts), first, moments)[
+        -len(answer.token_ids) :
+    ]
     for token, row in zip(evidence.tokens, expected, strict=True):
         np.testing.assert_allclose([*token.shares, token.images, token.text], row, **CLOSE_TO_EAGER)
         assert sum((*token.shares, token.images, token.text)) == pytest.approx(1, abs=1e-12)
@@ -170,11 +178,15 @@ def test_tiles_change_nothing(monkeypatch, tile):
     query = 20 * torch.randn(1, 6, 7, 8, generator=generator, dtype=torch.float64)
     keys = torch.randn(1, 2, 41, 8, generator=generator, dtype=torch.float64)
     segments = torch.randint(0, 5, (41,), generator=generator)
-    shares = head_shares(query, keys, segments, 5, 34, 0.3)
+    values = torch.randn(1, 2, 41, 8, generator=generator, dtype=torch.float64)
+    shares = head_sums(query, keys, segments, 5, 34, 0.3)
+    by_value = head_sums(query, keys, segments, 5, 34, 0.3, values)
     scores = query[0] @ keys[0].repeat_interleave(3, 0).mT * 0.3
     scores = scores.masked_fill(torch.arange(41) > 34 + torch.arange(7)[:, None], -torch.inf).softmax(-1)
-    expected = torch.stack([scores[..., segments == number].sum(-1) for number in range(5)], -1)
-    torch.testing.assert_close(shares, expected, **CLOSE)
+    lengths = values[0].norm(dim=-1).repeat_interleave(3, 0)[:, None]
+    for result, weights in ((shares, scores), (by_value, scores * lengths)):
+        expected = torch.stack([weights[..., segments == number].sum(-1) for number in range(5)], -1)
+        torch.testing.assert_close(result, expected, **CLOSE)
 
 
 def cached(reading) -> list[torch.Tensor]:
