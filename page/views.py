@@ -1,0 +1,188 @@
+"""HTML of the page's parts. Whatever comes from visitors, files or the model is escaped.
+
+Elements with `data-second` move the video there when they are clicked (`page.js`).
+"""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from .model_room import Settings, Waiting
+from .visitors import KeptReading, Limits, Video
+
+THUMBNAIL = 240
+
+
+def escape(text: Any) -> str:
+    """For HTML that Gradio takes for a template too."""
+    text = html.escape(str(text))
+    return text.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;").replace("`", "&#96;")
+
+
+def clock(second: float) -> str:
+    """Minutes and seconds, 1:05."""
+    hours, rest = divmod(int(second), 3600)
+    minutes, seconds = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def size(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.1f} GB"
+
+
+def seconds(number: float) -> str:
+    return f"{number:.2f} s" if number < 10 else f"{number:,.0f} s" if number < 600 else f"{clock(number)} min"
+
+
+def picture(image: Image.Image) -> str:
+    """A data URI of a small JPEG: no file on the server, and nobody else can ask for it."""
+    small = image.convert("RGB")
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def header(model: str, device: str) -> str:
+    name = model.rstrip("/").split("/")[-1] if "/" in model else model
+    return f"""<header class="head"><div><h1>Ask a video</h1>
+<p>It is read once, and answers as often as you like, with the seconds that the answer comes from.</p></div>
+<span class="tag" title="the model that answers">{escape(name)} on {escape(device)}</span></header>"""
+
+
+def uploader(key: str, examples: Sequence[tuple[Video, str]], limits: Limits, chosen: str | None) -> str:
+    """Where to drop a file, and the examples with a picture each."""
+    most = f"up to {limits.upload_bytes / 2**20:,.0f} MB and {limits.seconds / 60:.4g} minutes"
+    cards = "".join(
+        f'<button type="button" class="example" data-example="{index}" '
+        f'aria-pressed="{str(video.name == chosen).lower()}"><img src="{thumbnail}" alt="" width="64" height="64"><span>{escape(video.name)}</span></button>'
+        for index, (video, thumbnail) in enumerate(examples)
+    )
+    examples_row = f'<div class="examples" role="group" aria-label="Example videos">{cards}</div>' if cards else ""
+    return f"""<div class="choose" data-address="visitor/{escape(key)}/upload">
+<label class="drop"><input type="file" accept="video/*,.mkv,.avi,.ts,.flv" aria-label="Choose a video file">
+<span class="drop-text"><b>Drop a video here</b> or <u>choose a file</u><small>{most}</small></span>
+<span class="drop-bar" hidden><i></i></span></label>
+<p class="problem" role="alert" hidden></p>{examples_row}</div>"""
+
+
+def player(video: Video | None, key: str, version: int) -> str:
+    if video is None:
+        return '<div class="stage empty"><p>The video that you choose is shown here.</p></div>'
+    # The version makes the browser take another video for another one.
+    return f"""<div class="stage"><video controls muted playsinline preload="auto"
+src="visitor/{escape(key)}/video?{version}" aria-label="{escape(video.name)}"></video>
+<p class="stage-note" hidden>Your browser cannot play this kind of file. It can be read all the same.</p>
+<p class="stage-name">{escape(video.name)}</p></div>"""
+
+
+def plan(plan_: Any, settings: Settings) -> str:
+    """What reading means, before anything is decoded."""
+    video, memory = plan_.videos[0], plan_.memory
+    step_tokens = video.tokens // -(-video.num_frames // 2)
+    cards = [
+        ("Frames", f"{video.num_frames:,}", f"{video.fps:.3g} a second, {clock(plan_.seconds)} in all"),
+        ("Resolution", f"{video.width} by {video.height}", f"{step_tokens:,} tokens for two frames"),
+        ("Tokens", f"{plan_.tokens:,}", f"{plan_.vision_tokens:,} of them video"),
+        ("Memory", size(memory.total), f"{size(memory.cache)} of it cache"),
+        ("Attention", share(plan_.attention_share), "of the pairs of dense attention"),
+    ]
+    items = "".join(
+        f'<div class="fact"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>' for name, value, note in cards
+    )
+    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in video.notes)
+    return f'<dl class="facts" data-attention="{escape(settings.attention)}">{items}</dl>{notes}'
+
+
+def share(number: float) -> str:
+    return f"{number:.0%}" if number >= 0.1 else f"{number:.1%}"
+
+
+def waiting(before: Waiting) -> str:
+    who = "one visitor is" if before.before == 1 else f"{before.before} visitors are"
+    return progress_bar(None, f"Waiting: {who} served before you")
+
+
+def progress_bar(done: float | None, text: str) -> str:
+    """How far something is; None: nobody knows."""
+    value = "" if done is None else f' aria-valuenow="{100 * done:.0f}"'
+    width = "" if done is None else f' style="width:{100 * done:.1f}%"'
+    moving = " moving" if done is None else ""
+    return f"""<div class="status"><div class="bar{moving}" role="progressbar" aria-label="Progress"
+aria-valuemin="0" aria-valuemax="100"{value}><i{width}></i></div><p>{escape(text)}</p></div>"""
+
+
+def reading_progress(now: Any) -> str:
+    rest = f", {seconds(now.remaining)} to go" if now.tokens < now.total_tokens else ""
+    text = f"{now.frames:,} of {now.total_frames:,} frames, {now.tokens:,} of {now.total_tokens:,} tokens{rest}"
+    return progress_bar(now.tokens / now.total_tokens, text)
+
+
+def done(text: str) -> str:
+    return f'<div class="status done"><p>{escape(text)}</p></div>'
+
+
+def problem(text: str) -> str:
+    return f'<div class="status wrong" role="alert"><p>{escape(text)}</p></div>'
+
+
+def chips(questions: Sequence[str]) -> str:
+    """Questions to click on."""
+    if not questions:
+        return ""
+    buttons = "".join(
+        f'<button type="button" class="chip" data-index="{index}">{escape(question)}</button>'
+        for index, question in enumerate(questions)
+    )
+    return f'<div class="chips" role="group" aria-label="Suggested questions">{buttons}</div>'
+
+
+def evidence(answer: Any, video_seconds: float, frames: int = 6) -> str:
+    """Where an answer comes from: a timeline of the video with its moments, and the frames that counted most."""
+    moments, shown = answer.evidence.moments, answer.evidence.frames(frames)
+    most = max((frame.share for frame in shown), default=0) or 1
+    total = max(video_seconds, *(moment.end for moment in moments)) if moments else video_seconds
+    highest = max((moment.share for moment in moments), default=0) or 1
+    marks = "".join(
+        f'<button type="button" class="mark" data-second="{moment.start:.3f}" style="'
+        f"left:{100 * moment.start / total:.2f}%;width:{100 * (moment.end - moment.start) / total:.2f}%;--share:{moment.share / highest:.2f}"
+        f'" aria-label="Second {moment.start:.1f}, {share(moment.share)} of the attention"></button>'
+        for moment in moments
+    )
+    cards = "".join(
+        f'<button type="button" class="frame" data-second="{frame.time:.3f}" style="--share:{frame.share / most:.2f}">'
+        f'<img src="{picture(frame.image)}" alt="The video at {clock(frame.time)}"><span><b>{clock(frame.time)}</b>'
+        f"<em>{share(frame.share)}</em></span></button>"
+        for frame in shown
+    )
+    return f"""<section class="evidence" aria-label="Where the answer comes from"><h3>Where the answer comes from</h3>
+<div class="timeline"><div class="track">{marks}<i class="needle"></i></div>
+<span>0:00</span><span>{clock(total)}</span></div>
+<div class="frames">{cards}</div><p class="hint">Click on a frame, and the video goes there. Percentages are shares of
+the attention that the answer paid to the video.</p></section>"""
+
+
+def comparison(readings: Sequence[KeptReading]) -> str:
+    """The readings of a video side by side."""
+    if not readings:
+        return ""
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(kept.label)}</th><td>{share(kept.reading.plan.attention_share)}</td>"
+        f"<td class='wide'>{kept.reading.num_tokens:,}</td><td class='wide'>{size(kept.cache_bytes)}</td><td>{seconds(kept.seconds)}</td>"
+        f"<td>{'' if kept.answer_seconds is None else seconds(kept.answer_seconds)}</td>"
+        f"<td class='answer'>{escape(kept.answer[:80])}</td></tr>"
+        for kept in readings
+    )
+    return f"""<div class="compare"><table><caption>Readings of this video, side by side</caption><thead><tr>
+<th scope="col">Attention</th><th scope="col">Of dense</th><th scope="col" class="wide">Tokens</th><th scope="col" class="wide">Cache</th>
+<th scope="col">To read</th><th scope="col">To answer</th><th scope="col">Last answer</th></tr></thead>
+<tbody>{rows}</tbody></table></div>"""
