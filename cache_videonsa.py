@@ -90,6 +90,25 @@ class RoomyLayer(DynamicLayer):
         self.length = max(0, self.length + tokens_to_remove)
 
 
+class PastLayer(DynamicLayer):
+    """What a layer held when it had `length` entries, for tokens that it holds already to be run once more.
+
+    Nothing is copied or written: what these tokens bring is what follows in the layer.
+    """
+
+    def __init__(self, layer: DynamicLayer, length: int):
+        super().__init__()
+        self._whole, self._length = layer, length
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self._length += key_states.shape[-2]
+        return tuple(states[..., : self._length, :] for states in (self._whole.keys, self._whole.values))
+
+
 class RoomyCache(Cache):
     """A `RoomyLayer` for each decoder layer.
 

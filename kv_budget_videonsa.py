@@ -20,7 +20,7 @@ Scores are computed in float32 at least. Of equal scores, the earlier entry goes
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
 
@@ -364,7 +364,7 @@ def temporal_redundancy(keys: Tensor, tokens: Tensor, frames: FrameTable, first_
     Returns:
         (num_kv_heads, V), float32 or more.
     """
-    units = F.normalize(keys.to(_precise(keys)), dim=-1)
+    units = F.normalize(keys.to(precise(keys)), dim=-1)
     scores = units.new_zeros(units.shape[:2])
     for height, width, where, frame, place in frames.by_grid(tokens):
         cells = where[0] * height * width + place
@@ -381,7 +381,7 @@ def pooled_norms(values: Tensor, tokens: Tensor, frames: FrameTable, kernel: int
 
     Args and result as in `temporal_redundancy`.
     """
-    norms = values.to(_precise(values)).norm(dim=-1)
+    norms = values.to(precise(values)).norm(dim=-1)
     if kernel == 1:
         return norms
     pooled = torch.empty_like(norms)
@@ -404,7 +404,7 @@ def window_scores(query: Tensor, keys: Tensor, kernel: int) -> Tensor:
     Returns:
         (num_kv_heads, length - window), float32 or more.
     """
-    window, dtype = query.shape[2], _precise(keys)
+    window, dtype = query.shape[2], precise(keys)
     query = query.to(keys.device).unflatten(1, (keys.shape[1], -1))[0]  # [num_kv_heads, group, window, head_dim]
     ahead = torch.ones(window, window, dtype=torch.bool, device=keys.device).triu(1)
     scores = []
@@ -452,33 +452,50 @@ def last_queries(model, window: int) -> Iterator[list[Tensor]]:
     Gives a list that holds, once the model has run, (1, num_heads, <= window, head_dim) for each decoder layer. A call
     may bring fewer tokens than the window.
     """
-    text_model = model.model.language_model
     queries: list[Tensor] = []
+
+    def join(of_call: list[Tensor]) -> None:
+        joined = [torch.cat(pair, dim=2) for pair in zip(queries, of_call, strict=True)] if queries else of_call
+        queries[:] = [query[:, :, -window:] for query in joined]
+
+    with observed_queries(model, join, window):
+        yield queries
+
+
+@contextmanager
+def observed_queries(model, take: Callable[[list[Tensor]], None], window: int | None = None) -> Iterator[None]:
+    """Inside, `take` is called after each call of the decoder that ends well.
+
+    It gets the rotated queries of the call's last `window` tokens, or of all: (1, num_heads, <= window, head_dim) for
+    each layer.
+    """
+    text_model = model.model.language_model
+    last = slice(None if window is None else -window, None)
     of_call: list[Tensor] = []
 
     def collect(attention: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_states = (args[0] if args else kwargs["hidden_states"])[:, -window:]
+        hidden_states = (args[0] if args else kwargs["hidden_states"])[:, last]
         query = attention.q_proj(hidden_states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        cos, sin = (part[:, -window:].to(query.device) for part in kwargs["position_embeddings"])
+        cos, sin = (part[:, last].to(query.device) for part in kwargs["position_embeddings"])
         of_call.append(apply_rotary_pos_emb(query, query, cos, sin)[0].detach())
 
     def begin(*_) -> None:
         of_call.clear()  # an interrupted call has read nothing
 
     def end(*_) -> None:
-        joined = [torch.cat(pair, dim=2) for pair in zip(queries, of_call, strict=True)] if queries else of_call
-        queries[:] = [query[:, :, -window:] for query in joined]
+        take(list(of_call))
 
     handles = [text_model.register_forward_pre_hook(begin), text_model.register_forward_hook(end)]
     handles += [layer.self_attn.register_forward_pre_hook(collect, with_kwargs=True) for layer in text_model.layers]
     try:
-        yield queries
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _precise(states: Tensor) -> torch.dtype:
+def precise(states: Tensor) -> torch.dtype:
+    """float32, or more where the states have more."""
     return torch.promote_types(states.dtype, torch.float32)
 
 

@@ -340,19 +340,24 @@ class OpenVideo:
 
     def stream(self, processor, video: Any):
         """A `VideoStream` of footage in the size and at the rate of this video."""
-        pixels = self.height * self.width
-        size = {"resized_height": self.height, "resized_width": self.width}
-        content = [{"type": "video", "video": video, "fps": self.fps, **size}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            stream_videos=True,
-            min_pixels_per_frame=pixels,
-            max_pixels_per_frame=pixels,
-            max_total_tokens=1 << 40,
-        )
-        return inputs["video_streams"][0]
+        part = {"type": "video", "video": video}
+        return open_stream(processor, part, self.height, self.width, self.fps)
+
+
+def open_stream(processor, part: Mapping[str, Any], height: int, width: int, fps: float):
+    """A `VideoStream` of a part of a conversation, in this size and at this rate, whatever it takes."""
+    pixels = height * width
+    content = [{**part, "fps": fps, "resized_height": height, "resized_width": width}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        stream_videos=True,
+        min_pixels_per_frame=pixels,
+        max_pixels_per_frame=pixels,
+        max_total_tokens=1 << 40,
+    )
+    return inputs["video_streams"][0]
 
 
 class Ahead:

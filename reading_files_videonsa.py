@@ -131,6 +131,7 @@ def save_reading(reading, folder: str | os.PathLike, overwrite: bool) -> None:
         "preparation": reading.preparation,
         "plan": reading.plan.to_dict(),
         "conversation": reading.conversation_state(),
+        "footage": reading.footage_state(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -202,8 +203,9 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
             )
     if content["weights"] != weights_fingerprint(model):
         raise ValueError(f"`folder` {str(folder)!r} was read with other weights than this model's: read anew")
+    parts = [] if messages_or_video is None else media_of(as_messages(messages_or_video))
     if messages_or_video is not None:
-        given = [media_fingerprint(part) for part in media_of(as_messages(messages_or_video))]
+        given = [media_fingerprint(part) for part in parts]
         for number, (mine, theirs) in enumerate(zip_longest(content["media"], given)):
             if mine is None or theirs is None or mine["digest"] != theirs["digest"]:
                 raise ValueError(
@@ -234,4 +236,6 @@ def _load(reading_class, model, folder: Path, content: dict, processor, messages
     if content["video"] is not None:
         reading.video = OpenVideo(**content["video"] | {"size": tuple(content["video"]["size"])}, tail=tail)
     reading.set_conversation_state(content["conversation"])
+    # Readings that were saved before footage was kept have none.
+    reading.set_footage_state(content.get("footage", []), [part for part in parts if kind_of(part) == "video"])
     return reading

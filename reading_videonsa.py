@@ -27,6 +27,8 @@ import torch
 try:
     from .cache_videonsa import SPARE_TOKENS, RoomyCache, restore_, restored_after, state_of
     from .configuration_videonsa import NSA_FIELDS
+    from .evidence_videonsa import Evidence, check_evidence, evidence_observer
+    from .footage_videonsa import Footage, ReadVideo, videos_of
     from .generation_videonsa import CACHE_NAME
     from .kv_budget_videonsa import KvMethod, budget_method
     from .prefill_videonsa import Prefilled, ReadingProgress, Reporter, crop_
@@ -49,6 +51,8 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         raise
     from cache_videonsa import SPARE_TOKENS, RoomyCache, restore_, restored_after, state_of
     from configuration_videonsa import NSA_FIELDS
+    from evidence_videonsa import Evidence, check_evidence, evidence_observer
+    from footage_videonsa import Footage, ReadVideo, videos_of
     from generation_videonsa import CACHE_NAME
     from kv_budget_videonsa import KvMethod, budget_method
     from prefill_videonsa import Prefilled, ReadingProgress, Reporter, crop_
@@ -79,12 +83,14 @@ class Answer:
         token_ids: as generated.
         prompt_tokens: tokens that were fed for it: the question, not the video.
         seconds: it took.
+        evidence: where the model looked for it, where that was asked for.
     """
 
     text: str
     token_ids: tuple[int, ...] = field(repr=False)
     prompt_tokens: int
     seconds: float
+    evidence: Evidence | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return self.text
@@ -213,6 +219,7 @@ class Reading(Prefilled):
         processor: of the model.
         plan: `ReadingPlan`.
         frames: (height, width) in tokens of every image and every step of a video.
+        videos: `ReadVideo` of each video: where its tokens are, the times of its frames, and what they were read from.
         media: what was read, a description and a digest of each image and video.
         seconds: of the last video that were read.
     """
@@ -223,6 +230,7 @@ class Reading(Prefilled):
         self.frames = [] if prompt is None else prompt.frames
         self.settings, self._weights = reading_settings(model), _versions(model)
         self.video: OpenVideo | None = None
+        self.videos: list[ReadVideo] = []
         if prompt is not None:
             self.text, self.base, self.whole = prompt.text, prompt.base, prompt.whole
             self.media = [media_fingerprint(part) for part in prompt.media]
@@ -239,7 +247,8 @@ class Reading(Prefilled):
 
     def __deepcopy__(self, memo: dict) -> "Reading":
         """A reading of the same model and processor, with a cache and a conversation of its own."""
-        memo |= {id(one): one for one in (self.model, self.processor)}
+        media = (part.part for video in self.videos for part in video.footage)
+        memo |= {id(one): one for one in (self.model, self.processor, *media)}
         new = object.__new__(type(self))
         memo[id(self)] = new
         with self._exclusive():
@@ -256,6 +265,7 @@ class Reading(Prefilled):
         keep: bool = False,
         streamer=None,
         max_new_tokens: int | None = None,
+        evidence: bool = False,
         **generation,
     ) -> Answer:
         """Answer a question about what was read.
@@ -266,11 +276,13 @@ class Reading(Prefilled):
             keep: go on from this turn: later questions see it and its answer, until `forget()`.
             streamer: of transformers, gets tokens as they come.
             max_new_tokens: at most; 256 where neither this nor `generation` says how many.
+            evidence: find out where the model looked; it is the answer's `evidence`.
             generation: keywords of `model.generate`.
         Raises:
             ValueError: nothing is asked; something new is shown (`extend` takes footage); a setting of the model, its
                 weights or its device are not those of the reading; a way to generate that cannot go on from a cache
-                (beams, several answers, drafts, `use_cache=False`).
+                (beams, several answers, drafts, `use_cache=False`); `evidence` of a cache that a budget has made
+                smaller, or of another one than the reading's own.
 
         After an error, and after Ctrl-C, the reading is as it was before.
         """
@@ -281,25 +293,30 @@ class Reading(Prefilled):
         if max_new_tokens is not None:
             generation["max_new_tokens"] = max_new_tokens
         with self._exclusive():
+            if evidence:
+                check_evidence(self)
             messages, text, rest = self._continue(question)
             state = state_of(self.cache)
-            is_kept = False
+            is_kept, found = False, None
             try:
                 inputs = self._inputs(rest)
                 if generation.get("stop_strings"):
                     generation.setdefault("tokenizer", self.processor.tokenizer)
-                rows = self.model.generate(**inputs, streamer=streamer, **generation)
+                with evidence_observer(self.model, evidence) as queries:
+                    rows = self.model.generate(**inputs, streamer=streamer, **generation)
                 if not isinstance(rows, torch.Tensor):
                     raise ValueError("`return_dict_in_generate` = True: use `reading.prompt` with `model.generate`")
                 new = rows[0, inputs["input_ids"].shape[1] :].tolist()
                 answer = self.processor.tokenizer.decode(new, skip_special_tokens=True)
+                if evidence:
+                    found = Evidence.of(self, queries, rest, new, question, answer)
                 if keep:
                     self._keep(messages, text, rest, new, answer, state)
                     is_kept = True
             finally:
                 if not is_kept:
                     restore_(self.cache, state)
-        return Answer(answer, tuple(new), len(rest), time.perf_counter() - start)
+        return Answer(answer, tuple(new), len(rest), time.perf_counter() - start, found)
 
     @contextmanager
     def prompt(self, question: Any = None) -> Iterator[dict[str, Any]]:
@@ -341,6 +358,18 @@ class Reading(Prefilled):
             raise TypeError("no text")
         for name in self.conversation_state_names:
             setattr(self, name, state[name])
+
+    def footage_state(self) -> list[dict[str, Any]]:
+        """What of the videos is kept on disk."""
+        return [video.to_dict() for video in self.videos]
+
+    def set_footage_state(self, state: Sequence[Mapping[str, Any]], parts: Sequence[Mapping[str, Any]]) -> None:
+        """From disk; parts: of a conversation that shows the same videos, or none."""
+        self.videos = [
+            ReadVideo.from_dict(video, parts[number] if parts else None) for number, video in enumerate(state)
+        ]
+        if self.video is not None and self.videos:
+            self.videos[-1].shape = self.video
 
     def extend(
         self,
@@ -411,6 +440,10 @@ class Reading(Prefilled):
             report = Reporter(frames, len(ids), progress, callback)
             pieces = stream_pieces(stream, open_video.size, chunk * merge**2, before)
             start = self.num_tokens
+            frames_before, shown = len(self.videos[-1].times), video if isinstance(video, (str, os.PathLike)) else None
+            part = None if shown is None else {"type": "video", "video": shown}
+            digest = "" if part is None else media_fingerprint(part)["digest"]
+            self.videos[-1].footage.append(Footage.of(stream, part, digest, frames_before / open_video.fps))
             try:
                 self.prefill(ids, torch.full_like(ids, 2), positions, pieces, chunk, report)
             finally:
@@ -424,6 +457,8 @@ class Reading(Prefilled):
                 elif whole == steps:
                     open_video.tail = self.tail
                 open_video.steps = first + whole
+                frames_read = open_video.steps * stream.temporal_patch_size
+                self.videos[-1].cut(frames_read - (open_video.tail is not None))
                 self.next_position = open_video.next_position(self.model, first + whole)
                 self.frames = self.frames[: len(self.frames) - (steps - whole)]
 
@@ -577,23 +612,13 @@ class Reading(Prefilled):
         return True
 
     def _open_last(self, prompt: Prompt) -> None:
-        """Remember the last video that was read, so that it can be extended."""
+        """Remember the videos that were read, and the last of them so that it can be extended."""
+        self.videos = videos_of(prompt, self.num_tokens, self.media)
         videos = [span for span in prompt.spans if span.kind == 2 and span.start < self.num_tokens]
         if self.types[-1] != 2 or (self.num_tokens - videos[-1].start) % videos[-1].step_tokens:
             return
-        span, number = videos[-1], len(videos) - 1
-        plan = prompt.streams[number].plan
-        steps = (self.num_tokens - span.start) // span.step_tokens
-        self.video = OpenVideo(
-            start=int(prompt.positions[0, 0, span.start]),
-            size=tuple(span.grid[1:]),
-            height=plan.height,
-            width=plan.width,
-            steps=steps,
-            seconds_per_step=prompt.seconds[number],
-            fps=plan.fps,
-            tail=self.tail if steps == span.grid[0] else None,
-        )
+        self.video = self.videos[-1].shape
+        self.video.tail = self.tail if self.video.steps == videos[-1].grid[0] else None
 
 
 def _check_generation(model, generation: Mapping[str, Any]) -> None:

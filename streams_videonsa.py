@@ -37,6 +37,14 @@ class VideoStream:
     def metadata(self) -> VideoMetadata:
         return self.clip.metadata(self.plan)
 
+    @property
+    def times(self) -> list[float]:
+        """Seconds of the planned frames."""
+        source, metadata = self.clip.source, self.metadata
+        if source.timestamps is not None:
+            return [float(source.second(index)) for index in self.plan.frame_indices]
+        return [index / metadata.fps for index in metadata.frames_indices]
+
     def frames(self, batch: int) -> Iterator[torch.Tensor]:
         """The planned frames, resized, (n, 3, H, W) uint8, `batch` at a time."""
         return self.clip.stream(self.plan, self._resize, batch)
