@@ -8,15 +8,13 @@ It is a Gradio app in the form of a Hugging Face Space, where `VIDEONSA_MODEL` i
 """
 
 import argparse
-import logging
 import os
 import signal
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -33,13 +31,12 @@ from starlette.middleware import Middleware  # noqa: E402
 
 from page import views  # noqa: E402
 from page.examples import draw_examples  # noqa: E402
-from page.model_room import Done, LineFull, ModelRoom, Settings, Stopped, Waiting  # noqa: E402
+from page.jobs import Jobs  # noqa: E402
+from page.model_room import ModelRoom, Settings  # noqa: E402
 from page.routes import NoFilesByGradio, routes  # noqa: E402
-from page.visitors import KeptReading, Limits, Refused, Video, Visitor, Visitors  # noqa: E402
+from page.visitors import Limits, Refused, Video, Visitor, Visitors  # noqa: E402
 
-logger = logging.getLogger("videonsa.page")
-SWEEP_SECONDS, STOPPING_SECONDS = 30, 60
-WENT_WRONG = "Something went wrong on the server. Please try again."
+SWEEP_SECONDS = 30
 # The system's own, so that nothing is fetched.
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'Noto Sans', 'DejaVu Sans', sans-serif"
 
@@ -55,6 +52,7 @@ class Page:
 
     def __init__(self, room: ModelRoom, visitors: Visitors, examples: list[Video]):
         self.room, self.visitors, self.limits = room, visitors, visitors.limits
+        self.jobs = Jobs(room, visitors)
         self.examples = [(video, _thumbnail(video.path)) for video in examples]
         with gr.Blocks(title="Ask a video", analytics_enabled=False, delete_cache=(600, 600)) as self.blocks:
             self._lay_out()
@@ -73,20 +71,24 @@ class Page:
                 self.status = gr.HTML(elem_id="status", **plain)
                 with gr.Group(elem_id="settings"):
                     with gr.Row():
-                        self.fps = gr.Slider(0.1, 8, default.fps, step=0.1, label="Frames a second")
+                        self.fps = gr.Slider(0.1, 8, default.fps, step=0.1, label="Frames a second", min_width=120)
                         least = self.room.least_step_tokens
                         most = max(16 * default.step_tokens, 256)
-                        self.tokens = gr.Slider(least, most, default.step_tokens, step=1, label="Tokens for two frames")
+                        self.tokens = gr.Slider(
+                            least, most, default.step_tokens, step=1, label="Tokens for two frames", min_width=120
+                        )
                     with gr.Row():
                         modes = [(mode.capitalize(), mode) for mode in self.room.modes]
-                        self.mode = gr.Radio(modes, value=default.nsa_mode, label="Attention")
+                        self.mode = gr.Radio(modes, value=default.nsa_mode, label="Attention", min_width=120)
                         most = max(2 * default.block_counts, 8)
-                        self.counts = gr.Slider(1, most, default.block_counts, step=1, label="Blocks a token selects")
+                        self.counts = gr.Slider(
+                            1, most, default.block_counts, step=1, label="Blocks a token selects", min_width=120
+                        )
             with gr.Column(scale=6, min_width=320):
                 self.chat = gr.Chatbot(
                     elem_id="chat",
                     show_label=False,
-                    height=300,
+                    height=280,
                     buttons=[],
                     feedback_options=None,
                     placeholder="Ask anything about the video.",
@@ -157,7 +159,7 @@ class Page:
     def on_example(self, request: gr.Request, event: gr.EventData, *settings):
         try:
             visitor = self.visitors.of(request.session_hash)
-            self.visitors.choose(visitor, self._example(event))
+            self.visitors.choose(visitor, _chosen(event, self.examples)[0])
         except Refused as reason:
             return {self.status: views.problem(str(reason))}
         return self._video_chosen(visitor, settings)
@@ -169,20 +171,20 @@ class Page:
             return {self.plan: views.problem(str(reason))}
 
     def on_read(self, request: gr.Request, *settings) -> Iterator[dict]:
-        yield from self._safely(request, self.status, lambda visitor: self._read(visitor, settings, self.status))
+        def steps(visitor: Visitor):
+            return self.jobs.read(visitor, self.jobs.settings(*settings))
+
+        yield from self._shown(request, self.status, steps)
 
     def on_chip(self, request: gr.Request, event: gr.EventData, *asking) -> Iterator[dict]:
         def steps(visitor: Visitor):
             questions = visitor.video.questions if visitor.video else ()
-            index = getattr(event, "index", None)
-            if not isinstance(index, int) or not 0 <= index < len(questions):
-                raise Refused("There is no such question.")
-            return self._ask(visitor, questions[index], *asking)
+            return self._ask(visitor, _chosen(event, questions), *asking)
 
-        yield from self._safely(request, self.ask_status, steps)
+        yield from self._shown(request, self.ask_status, steps)
 
     def on_ask(self, request: gr.Request, question: str, *asking) -> Iterator[dict]:
-        yield from self._safely(request, self.ask_status, lambda visitor: self._ask(visitor, question, *asking))
+        yield from self._shown(request, self.ask_status, lambda visitor: self._ask(visitor, question, *asking))
 
     async def on_stop(self, request: gr.Request) -> None:
         # On the event loop, since all threads may be waiting.
@@ -216,141 +218,40 @@ class Page:
         if visitor.video is None:
             return {self.plan: "", self.read: gr.Button(interactive=False), self.counts: is_sparse}
         try:
-            wanted = self._settings(settings)
-            text, is_possible = views.plan(self._plan(visitor.video, wanted), wanted), True
+            wanted = self.jobs.settings(*settings)
+            text, button = views.plan(self.jobs.plan(visitor.video, wanted)), self._read_button(visitor, wanted)
         except Refused as reason:
-            text, is_possible = views.problem(str(reason)), False
-        return {self.plan: text, self.read: gr.Button(interactive=is_possible), self.counts: is_sparse}
+            text, button = views.problem(str(reason)), gr.Button(interactive=False)
+        return {self.plan: text, self.read: button, self.counts: is_sparse}
 
-    def _plan(self, video: Video, settings: Settings):
-        try:
-            plan = self.room.plan(video.path, settings)
-        except ValueError as error:
-            raise Refused(_for_visitors(error, video)) from error
-        except Exception as error:
-            logger.exception("a plan failed")
-            raise Refused(WENT_WRONG) from error
-        if plan.seconds > self.limits.seconds:
-            most = views.clock(self.limits.seconds)
-            raise Refused(f"This video is {views.clock(plan.seconds)} long, and the limit here is {most}.")
-        if plan.memory.cache > self.limits.all_reading_bytes:
-            size, most = views.size(plan.memory.cache), views.size(self.limits.all_reading_bytes)
-            raise Refused(f"Its cache would take {size}, and the limit here is {most}: fewer frames or tokens fit.")
-        return plan
-
-    def _settings(self, values) -> Settings:
-        fps, tokens, mode, counts = values
-        for name, value in (("Frames a second", fps), ("Tokens for two frames", tokens), ("Blocks", counts)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-                raise Refused(f"{name}: a number above zero, please.")
-        if mode not in self.room.modes:
-            raise Refused("There is no such attention.")
-        return Settings(float(fps), int(tokens), mode, int(counts))
-
-    def _example(self, event: gr.EventData) -> Video:
-        index = getattr(event, "index", None)
-        if not isinstance(index, int) or not 0 <= index < len(self.examples):
-            raise Refused("There is no such example.")
-        return self.examples[index][0]
-
-    def _read(self, visitor: Visitor, values, status: gr.HTML) -> Iterator[dict]:
-        settings, video = self._settings(values), visitor.video
-        if video is None:
-            raise Refused("Choose a video first.")
-        self._plan(video, settings)  # the sliders may be ahead of what is shown
-        start, label = time.perf_counter(), settings.attention
-        opening = views.progress_bar(None, "Opening the video")
-        yield {self.read: gr.Button(visible=False), self.cancel: gr.Button(visible=True), status: opening}
-        try:
-            for item in self.room.read(video.path, settings, visitor.stop):
-                if isinstance(item, Waiting):
-                    yield {status: views.waiting(item)}
-                    start = time.perf_counter()
-                elif not isinstance(item, Done):
-                    yield {status: views.reading_progress(item)}
-            reading, end = item.result, ""
-        except (Stopped, ValueError) as error:
-            reading = getattr(error, "reading", None)
-            if reading is None or visitor.video is not video:
-                raise
-            until = views.clock(reading.seconds)
-            label = f"{label}, until {until}"
-            end = f"Stopped at {until}. You can ask about what was read until then."
-            if isinstance(error, ValueError):
-                end = f"{_for_visitors(error, video)} You can ask about what was read until then."
-        if visitor.video is not video:
-            raise Stopped
-        seconds = time.perf_counter() - start
-        self.visitors.keep(visitor, KeptReading(reading, settings, label, _cache_bytes(reading), seconds))
-        yield {
-            status: views.done(end or f"Read in {views.seconds(seconds)}. Ask away."),
-            **self._readings(visitor),
-        }
-
-    def _readings(self, visitor: Visitor) -> dict:
-        labels = [kept.label for kept in visitor.readings]
-        return {
-            self.answer_from: gr.CheckboxGroup(choices=labels, value=labels, visible=len(labels) > 1),
-            self.compare: views.comparison(visitor.readings),
-        }
+    def _read_button(self, visitor: Visitor, settings: Settings) -> gr.Button:
+        text = "Read the video"
+        if any(kept.settings == settings for kept in visitor.readings):
+            text = "Read the video again"
+        elif visitor.readings:
+            text = f"Read the video so too ({settings.attention.lower()})"
+        return gr.Button(text, interactive=True)
 
     def _ask(self, visitor: Visitor, question: str, labels, length, *settings) -> Iterator[dict]:
-        question = (question or "").strip()
-        if not question:
-            raise Refused("Type a question first.")
-        if len(question) > self.limits.question_letters:
-            raise Refused(f"A question has {self.limits.question_letters:,} letters at most.")
-        if not isinstance(length, (int, float)) or not 1 <= length <= self.limits.new_tokens:
-            raise Refused(f"An answer has 1 to {self.limits.new_tokens} tokens.")
-        yield {self.question: gr.Textbox(value="", submit_btn=False, stop_btn="Stop"), self.ask_status: ""}
-        if not visitor.readings:
-            if visitor.messages:
-                text = "The reading was dropped to make room: reading it again"
-                yield {self.ask_status: views.progress_bar(None, text)}
-            yield from self._read(visitor, settings, self.ask_status)
-        chosen = [kept for kept in visitor.readings if kept.label in (labels or [])] or list(visitor.readings)
-        video, messages = visitor.video, visitor.messages
-        messages.append({"role": "user", "content": question})
-        for kept in chosen:
-            heading = f"**{kept.label}**\n\n" if len(chosen) > 1 else ""
-            message = {"role": "assistant", "content": heading}
-            messages.append(message)
-            yield {self.chat: [*messages], self.ask_status: ""}
-            for item in self.room.ask(kept.reading, kept.settings, question, int(length), visitor.stop):
-                if isinstance(item, Waiting):
-                    yield {self.ask_status: views.waiting(item)}
-                elif isinstance(item, Done):
-                    answer = item.result
-                else:
-                    message["content"] += item
-                    yield {self.chat: [*messages], self.ask_status: ""}
-            if visitor.video is not video:
-                raise Stopped
-            message["content"] = heading + (answer.text or "(no words)")
-            kept.answer, kept.answer_seconds = answer.text, answer.seconds
-            yield {self.chat: [*messages], self.compare: views.comparison(visitor.readings)}
-            if kept is chosen[0] and getattr(answer, "evidence", None) is not None:
-                yield {self.evidence: views.evidence(answer, kept.reading.seconds)}
+        return self.jobs.ask(visitor, self.jobs.settings(*settings), question, labels, length)
 
-    def _safely(self, request: gr.Request, status: gr.HTML, steps) -> Iterator[dict]:
-        """The steps of one job of a visitor; whatever goes wrong is said without what visitors must not see."""
-        video = None
+    def _shown(self, request: gr.Request, status: gr.HTML, steps) -> Iterator[dict]:
+        """The updates of a job, as updates of parts."""
+        yield {status: "", self.question: gr.Textbox(value="", submit_btn=False, stop_btn="Stop")}
         try:
-            visitor = self.visitors.of(request.session_hash)
-            video = visitor.video
-            with _job(visitor):
-                yield from steps(visitor)
+            for update in steps(self.visitors.of(request.session_hash)):
+                parts = {"status": status, "messages": self.chat, "evidence": self.evidence}
+                shown = {part: update[name] for name, part in parts.items() if name in update}
+                if "is_reading" in update:
+                    shown |= {self.read: gr.Button(visible=False), self.cancel: gr.Button(visible=True)}
+                if "readings" in update:
+                    labels = [kept.label for kept in update["readings"]]
+                    shown[self.answer_from] = gr.CheckboxGroup(labels, value=labels, visible=len(labels) > 1)
+                    shown[self.compare] = views.comparison(update["readings"])
+                    shown |= {self.read: gr.Button(visible=True), self.cancel: gr.Button(visible=False)}
+                yield shown
         except Refused as reason:
             yield {status: views.problem(str(reason))}
-        except LineFull:
-            yield {status: views.problem("Too many visitors are waiting. Please try again in a minute.")}
-        except Stopped:
-            yield {status: views.done("Stopped.") if visitor.video is video else ""}
-        except ValueError as error:
-            yield {status: views.problem(_for_visitors(error, video))}
-        except Exception:
-            logger.exception("a job failed")
-            yield {status: views.problem(WENT_WRONG)}
         yield {
             self.read: gr.Button(visible=True),
             self.cancel: gr.Button(visible=False),
@@ -358,40 +259,19 @@ class Page:
         }
 
 
-@contextmanager
-def _job(visitor: Visitor) -> Iterator[None]:
-    """One at a time for a visitor."""
-    # What was stopped may need a moment to end.
-    if not visitor.busy.acquire(timeout=STOPPING_SECONDS if visitor.stop.is_set() else 0):
-        raise Refused("One thing at a time: something is still running for you.")
-    visitor.stop = threading.Event()
-    try:
-        yield
-    finally:
-        visitor.busy.release()
-
-
-def _for_visitors(error: Exception, video: Video | None) -> str:
-    """What an error says, with the visitor's name for the file."""
-    text = str(error) or WENT_WRONG
-    if video is not None:
-        text = text.replace(f"file:{video.path}", video.name).replace(str(video.path), video.name)
-    text = text.partition("; read until second")[0]
-    return WENT_WRONG if str(video.path.parent if video else ROOT) in text else f"{text[:1].upper()}{text[1:]}"
-
-
-def _cache_bytes(reading) -> int:
-    states = (states for layer in reading.cache.layers for states in (layer.keys, layer.values))
-    return sum(one.untyped_storage().nbytes() for one in states)
+def _chosen(event: gr.EventData, of: Sequence):
+    """What a click chose by its number."""
+    index = event._data.get("index") if isinstance(event._data, dict) else None
+    if not isinstance(index, int) or not 0 <= index < len(of):
+        raise Refused("There is no such thing to choose.")
+    return of[index]
 
 
 def _thumbnail(path: Path) -> str:
-    """Of a video in its middle of the first seconds, where there may be more to see than at its start."""
+    """The third second of a video, where there may be more to see than at its start."""
     with av.open(str(path)) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            if number == 8:
-                break
-        return views.picture(frame.to_image())
+        container.seek(3 * 10**6)
+        return views.picture(next(container.decode(video=0)).to_image())
 
 
 def _file(name: str) -> str:

@@ -182,7 +182,7 @@ class ModelRoom:
     def ask(
         self, reading: Any, settings: Settings, question: str, max_new_tokens: int, stop: threading.Event
     ) -> Iterator[Any]:
-        """Gives `Waiting`, then pieces of the answer, and `Done` with the `Answer`.
+        """Gives `Waiting`, then pieces of the answer, and `Done` with the `Answer` and its evidence.
 
         Args:
             settings: with which it was read.
@@ -197,6 +197,7 @@ class ModelRoom:
                     question,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    evidence=True,
                     streamer=_Pieces(self.processor.tokenizer, put),
                     stopping_criteria=[_StopWhenSet(stop)],
                 )

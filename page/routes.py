@@ -1,8 +1,8 @@
 """How video files come to the page and go out to its player, without Gradio.
 
-A file comes as the body of `PUT visitor/KEY/upload?name=...` and is shown at `visitor/KEY/video`; the key is a secret of
-the visitor. Nothing that a client sends names a file of the server: a visitor has one uploaded file, which the events
-of the page mean by "the upload". Gradio's own ways for files are closed, since the page does without them.
+A file comes as the body of `PUT visitor/KEY/upload?name=...` and is shown at `visitor/KEY/video`; the key is a secret
+of the visitor. Nothing that a client sends names a file of the server: a visitor has one uploaded file, which the
+events of the page mean by "the upload". Gradio's own ways for files are closed, since the page does without them.
 """
 
 import re

@@ -11,10 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from .model_room import Settings, Waiting
+from .model_room import Waiting
 from .visitors import KeptReading, Limits, Video
 
 THUMBNAIL = 240
+FRAMES, BARS = 6, 120
 
 
 def escape(text: Any) -> str:
@@ -62,17 +63,18 @@ def header(model: str, device: str) -> str:
 def uploader(key: str, examples: Sequence[tuple[Video, str]], limits: Limits, chosen: str | None) -> str:
     """Where to drop a file, and the examples with a picture each."""
     most = f"up to {limits.upload_bytes / 2**20:,.0f} MB and {limits.seconds / 60:.4g} minutes"
+    pressed = {True: "true", False: "false"}
     cards = "".join(
-        f'<button type="button" class="example" data-example="{index}" '
-        f'aria-pressed="{str(video.name == chosen).lower()}"><img src="{thumbnail}" alt="" width="64" height="64"><span>{escape(video.name)}</span></button>'
+        f'<button type="button" class="example" data-example="{index}" aria-pressed="{pressed[video.name == chosen]}">'
+        f'<img src="{thumbnail}" alt="" width="64" height="48"><span>{escape(video.name)}</span></button>'
         for index, (video, thumbnail) in enumerate(examples)
     )
-    examples_row = f'<div class="examples" role="group" aria-label="Example videos">{cards}</div>' if cards else ""
+    row = f'<div class="examples" role="group" aria-label="Example videos">{cards}</div>' if cards else ""
     return f"""<div class="choose" data-address="visitor/{escape(key)}/upload">
 <label class="drop"><input type="file" accept="video/*,.mkv,.avi,.ts,.flv" aria-label="Choose a video file">
 <span class="drop-text"><b>Drop a video here</b> or <u>choose a file</u><small>{most}</small></span>
 <span class="drop-bar" hidden><i></i></span></label>
-<p class="problem" role="alert" hidden></p>{examples_row}</div>"""
+<p class="problem" role="alert" hidden></p>{row}</div>"""
 
 
 def player(video: Video | None, key: str, version: int) -> str:
@@ -85,13 +87,13 @@ src="visitor/{escape(key)}/video?{version}" aria-label="{escape(video.name)}"></
 <p class="stage-name">{escape(video.name)}</p></div>"""
 
 
-def plan(plan_: Any, settings: Settings) -> str:
+def plan(plan_: Any) -> str:
     """What reading means, before anything is decoded."""
     video, memory = plan_.videos[0], plan_.memory
     step_tokens = video.tokens // -(-video.num_frames // 2)
     cards = [
         ("Frames", f"{video.num_frames:,}", f"{video.fps:.3g} a second, {clock(plan_.seconds)} in all"),
-        ("Resolution", f"{video.width} by {video.height}", f"{step_tokens:,} tokens for two frames"),
+        ("Pixels", f"{video.width}x{video.height}", f"{step_tokens:,} tokens for two frames"),
         ("Tokens", f"{plan_.tokens:,}", f"{plan_.vision_tokens:,} of them video"),
         ("Memory", size(memory.total), f"{size(memory.cache)} of it cache"),
         ("Attention", share(plan_.attention_share), "of the pairs of dense attention"),
@@ -100,7 +102,7 @@ def plan(plan_: Any, settings: Settings) -> str:
         f'<div class="fact"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>' for name, value, note in cards
     )
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in video.notes)
-    return f'<dl class="facts" data-attention="{escape(settings.attention)}">{items}</dl>{notes}'
+    return f'<dl class="facts">{items}</dl>{notes}'
 
 
 def share(number: float) -> str:
@@ -146,29 +148,45 @@ def chips(questions: Sequence[str]) -> str:
     return f'<div class="chips" role="group" aria-label="Suggested questions">{buttons}</div>'
 
 
-def evidence(answer: Any, video_seconds: float, frames: int = 6) -> str:
-    """Where an answer comes from: a timeline of the video with its moments, and the frames that counted most."""
-    moments, shown = answer.evidence.moments, answer.evidence.frames(frames)
-    most = max((frame.share for frame in shown), default=0) or 1
-    total = max(video_seconds, *(moment.end for moment in moments)) if moments else video_seconds
-    highest = max((moment.share for moment in moments), default=0) or 1
-    marks = "".join(
-        f'<button type="button" class="mark" data-second="{moment.start:.3f}" style="'
-        f"left:{100 * moment.start / total:.2f}%;width:{100 * (moment.end - moment.start) / total:.2f}%;--share:{moment.share / highest:.2f}"
-        f'" aria-label="Second {moment.start:.1f}, {share(moment.share)} of the attention"></button>'
-        for moment in moments
-    )
+def evidence(found: Any, total: float) -> str:
+    """Where an answer comes from: a timeline of the video, and the frames that counted most.
+
+    Args:
+        found: `Evidence` of the answer.
+        total: seconds of the video.
+    """
+    frames = found.frames(FRAMES)
+    best = max(frames, key=lambda frame: frame.share)
     cards = "".join(
-        f'<button type="button" class="frame" data-second="{frame.time:.3f}" style="--share:{frame.share / most:.2f}">'
-        f'<img src="{picture(frame.image)}" alt="The video at {clock(frame.time)}"><span><b>{clock(frame.time)}</b>'
-        f"<em>{share(frame.share)}</em></span></button>"
-        for frame in shown
+        f'<button type="button" class="frame{" best" if frame is best else ""}" data-second="{frame.time:.3f}">'
+        f'<img src="{picture(frame.image)}" alt="The video at {clock(frame.time)}">'
+        f"<span><b>{clock(frame.time)}</b><em>{share(frame.share)}</em></span></button>"
+        for frame in frames
     )
-    return f"""<section class="evidence" aria-label="Where the answer comes from"><h3>Where the answer comes from</h3>
-<div class="timeline"><div class="track">{marks}<i class="needle"></i></div>
+    return f"""<section class="evidence" aria-label="Where the answer comes from">
+<h3>Where the answer comes from</h3><div class="frames">{cards}</div>
+<div class="timeline"><div class="track">{_bars(found.moments, total)}<i class="needle"></i></div>
 <span>0:00</span><span>{clock(total)}</span></div>
-<div class="frames">{cards}</div><p class="hint">Click on a frame, and the video goes there. Percentages are shares of
-the attention that the answer paid to the video.</p></section>"""
+<p class="hint">Click on a frame or a bar, and the video goes there. The numbers are shares of the attention that
+question and answer paid; {share(found.text)} went to text.</p></section>"""
+
+
+def _bars(moments: Sequence[Any], total: float) -> str:
+    """The shares over time; where there are too many moments for bars of their own, some share one."""
+    number = min(BARS, len(moments))
+    groups = [moments[index * len(moments) // number : (index + 1) * len(moments) // number] for index in range(number)]
+    sums = [sum(moment.share for moment in group) for group in groups]
+    highest = max(sums) or 1
+    bars = []
+    for group, height in zip(groups, sums, strict=True):
+        start, strongest = group[0].start, max(group, key=lambda moment: moment.share)
+        place = f"left:{100 * start / total:.2f}%;width:{100 * (group[-1].end - start) / total:.2f}%"
+        text = f"{clock(start)}: {share(height)}"
+        bars.append(
+            f'<button type="button" class="mark" tabindex="-1" data-second="{strongest.start:.3f}" title="{text}" '
+            f'aria-label="{text}" style="{place}"><i style="height:{100 * height / highest:.1f}%"></i></button>'
+        )
+    return "".join(bars)
 
 
 def comparison(readings: Sequence[KeptReading]) -> str:
@@ -177,12 +195,13 @@ def comparison(readings: Sequence[KeptReading]) -> str:
         return ""
     rows = "".join(
         f"<tr><th scope='row'>{escape(kept.label)}</th><td>{share(kept.reading.plan.attention_share)}</td>"
-        f"<td class='wide'>{kept.reading.num_tokens:,}</td><td class='wide'>{size(kept.cache_bytes)}</td><td>{seconds(kept.seconds)}</td>"
+        f"<td class='wide'>{kept.reading.num_tokens:,}</td><td class='wide'>{size(kept.cache_bytes)}</td>"
+        f"<td>{seconds(kept.seconds)}</td>"
         f"<td>{'' if kept.answer_seconds is None else seconds(kept.answer_seconds)}</td>"
         f"<td class='answer'>{escape(kept.answer[:80])}</td></tr>"
         for kept in readings
     )
     return f"""<div class="compare"><table><caption>Readings of this video, side by side</caption><thead><tr>
-<th scope="col">Attention</th><th scope="col">Of dense</th><th scope="col" class="wide">Tokens</th><th scope="col" class="wide">Cache</th>
-<th scope="col">To read</th><th scope="col">To answer</th><th scope="col">Last answer</th></tr></thead>
-<tbody>{rows}</tbody></table></div>"""
+<th scope="col">Attention</th><th scope="col" title="pairs of query and key, of those of dense attention">Of dense</th>
+<th scope="col" class="wide">Tokens</th><th scope="col" class="wide">Cache</th><th scope="col">To read</th>
+<th scope="col">To answer</th><th scope="col">Last answer</th></tr></thead><tbody>{rows}</tbody></table></div>"""

@@ -147,15 +147,19 @@ class Visitors:
             visitor = self._by_session.get(session or "")
             if visitor is None:
                 raise Refused("This page was left alone for so long that its video is gone. Please reload the page.")
-            visitor.last_seen = self._clock()
+            self.touch(visitor)
             return visitor
+
+    def touch(self, visitor: Visitor) -> None:
+        """Something is done for a visitor."""
+        visitor.last_seen = self._clock()
 
     def by_key(self, key: str) -> Visitor | None:
         with self._lock:
             found = [one for one in self._by_session.values() if secrets.compare_digest(one.key, key)]
             if not found:
                 return None
-            found[0].last_seen = self._clock()
+            self.touch(found[0])
             return found[0]
 
     def leave(self, session: str) -> None:
@@ -178,9 +182,7 @@ class Visitors:
         """Forget those who have done nothing for too long."""
         with self._lock:
             oldest = self._clock() - self.limits.idle_seconds
-            idle = [
-                session for session, one in self._by_session.items() if one.last_seen < oldest and not one.busy.locked()
-            ]
+            idle = [session for session, one in self._by_session.items() if one.last_seen < oldest]
         for session in idle:
             self.leave(session)
 
