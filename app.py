@@ -61,7 +61,7 @@ class Page:
     def _lay_out(self) -> None:
         default, plain = self.room.default, {"apply_default_css": False}
         gr.HTML(views.header(self.room.name, self.room.model.device.type), **plain)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="columns"):
             with gr.Column(scale=6, min_width=320):
                 self.player = gr.HTML(views.player(None, "", 0), elem_id="player", **plain)
                 self.uploader = gr.HTML("", js_on_load=_file("uploader.js"), elem_id="uploader", **plain)
@@ -106,7 +106,7 @@ class Page:
                 self.ask_status = gr.HTML(elem_id="ask-status", **plain)
                 self.evidence = gr.HTML(elem_id="evidence", **plain)
                 self.compare = gr.HTML(elem_id="compare", **plain)
-                with gr.Accordion("Length of answers", open=False):
+                with gr.Accordion("Length of answers", open=False, elem_id="length"):
                     most = self.limits.new_tokens
                     self.length = gr.Slider(1, most, min(128, most), step=1, label="Tokens, at most")
 

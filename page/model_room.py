@@ -8,6 +8,7 @@ Settings of the attention belong to the model, so that they are set for a turn a
 import copy
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextStreamer
+
+REPORT_SECONDS = 0.2
+"""Between two reports of progress: to show one costs the page more than the small checkpoint needs for a chunk."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ class ModelRoom:
         return model.plan_reading(self.processor, str(video), chunk_tokens=self.chunk_tokens, **self._options(settings))
 
     def read(self, video: Path, settings: Settings, stop: threading.Event) -> Iterator[Any]:
-        """Gives `Waiting`, then `ReadingProgress` after each chunk, and `Done` with the `Reading`.
+        """Gives `Waiting`, then `ReadingProgress` after chunks, and `Done` with the `Reading`.
 
         Raises:
             Stopped: `stop` was set; LineFull.
@@ -163,9 +167,14 @@ class ModelRoom:
 
         def work(put):
             def callback(progress):
-                put(progress)
+                nonlocal last
+                if (now := time.monotonic()) - last > REPORT_SECONDS:
+                    last = now
+                    put(progress)
                 if stop.is_set():
                     raise Stopped
+
+            last = -REPORT_SECONDS
 
             with self._turn(settings, stop, put):
                 return self.model.read(
@@ -246,7 +255,10 @@ class _StopWhenSet(StoppingCriteria):
 
 
 def _in_thread(work: Callable[[Callable[[Any], None]], Any], stop: threading.Event) -> Iterator[Any]:
-    """What `work` puts, and `Done` with its result. Whoever stops iterating stops the work too."""
+    """What `work` puts, and `Done` with its result. Whoever stops iterating stops the work too.
+
+    Of what was put while nobody took it, texts are joined, and of other things the last one is given.
+    """
     items: queue.SimpleQueue = queue.SimpleQueue()
 
     def run():
@@ -259,6 +271,11 @@ def _in_thread(work: Callable[[Callable[[Any], None]], Any], stop: threading.Eve
     try:
         while True:
             item = items.get()
+            while not isinstance(item, (Done, BaseException)) and not items.empty():
+                following = items.get()
+                if isinstance(item, str) and not isinstance(following, str):
+                    yield item
+                item = item + following if isinstance(item, str) and isinstance(following, str) else following
             if isinstance(item, BaseException):
                 raise item
             yield item

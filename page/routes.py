@@ -22,10 +22,8 @@ from .visitors import Refused, Video, Visitor, Visitors
 MAX_EVENT_BYTES = 1 << 18
 _MAX_NAME = 80
 # What Gradio takes and gives out files by, and what fetches addresses or calls handlers past the queue.
-_CLOSED = re.compile(
-    r"/(gradio_api/)?(upload|upload_progress|file=|file/|proxy=|stream/|run/|api/|call/|deep_link|vibe)"
-)
-_EVENTS = re.compile(r"/gradio_api/(queue|component_server|cancel|reset)")
+_CLOSED = re.compile(r"/(gradio_api/)?(upload|upload_progress|file=|file/|proxy=|stream/|api/|call/|deep_link|vibe)")
+_EVENTS = re.compile(r"/gradio_api/(queue|run|component_server|cancel|reset)")
 # An event with one of these makes Gradio copy or fetch a file before a handler sees it.
 _FILE_MARK = b"gradio.FileData"
 
