@@ -5,18 +5,29 @@
     answer.evidence.frames(5)        # the strongest, as pictures
     answer.evidence.storyboard()     # the same on one picture
 
-**First hop.** Text rows attend to every token before them. Of a row at position t, in a layer and a query head h that
-reads key/value head h // group_size, the share of a moment M (the tokens of one temporal step of a video) is
+**First hop.** Text rows attend to every token before them. In layer l, with the mean over its heads, row t attends to a
+moment M (the tokens of one temporal step of a video), and to a row r of the question and the answer before it, with
 
-    share[t, M] = mean over layers and heads of  sum over i in M of  softmax_i(q[t, h] . k[i] / sqrt(head_dim)), i <= t,
+    a[l, t, M] = mean over heads h of  sum over i in M of  softmax_i(q[l, t, h] . k[l, i] / sqrt(head_dim)),  i <= t
+    a[l, t, r] likewise, of one token.
 
-so that the shares of all moments, of images and of text make 1. They are computed anew from the queries of the question
-and the answer, which are kept while the model answers, and from the cached keys, a tile of both at a time.
+What it looks at is partly in those rows: they have read the video in the layers before. So what a row gave to them is
+handed on to where they looked, on average over the earlier layers, and the share of a moment is
+
+    share[t, M] = mean over layers l of  (a[l, t, M] + sum over r <= t of  a[l, t, r] * mean over k < l of  a[k, r, M]).
+
+The same goes for images and for the text before the question. What is handed on to rows of question and answer, and in
+layer 0 what goes to them at all, counts as text, so that the shares of all moments, of images and of text make 1. The
+row of an answer's token is the one that predicted it; the answer as a whole is the mean over its tokens, special ones
+(such as its end) aside. docs/evidence.md has measured this rule beside others.
+
+Shares are computed anew from the queries of question and answer, which are kept while the model answers, and from the
+cached keys, a tile of both at a time.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,13 +38,15 @@ from transformers.cache_utils import DynamicLayer
 try:
     from .cache_videonsa import RoomyLayer
     from .kv_budget_videonsa import observed_queries, precise
-    from .storyboard_videonsa import draw_plot, draw_storyboard
+    from .second_hop_videonsa import Block, Place, selected_blocks
+    from .storyboard_videonsa import SHOWN_BLOCKS, SHOWN_PLACES, BlockPicture, draw_plot, draw_storyboard
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import RoomyLayer
     from kv_budget_videonsa import observed_queries, precise
-    from storyboard_videonsa import draw_plot, draw_storyboard
+    from second_hop_videonsa import Block, Place, selected_blocks
+    from storyboard_videonsa import SHOWN_BLOCKS, SHOWN_PLACES, BlockPicture, draw_plot, draw_storyboard
 
 if TYPE_CHECKING:
     from .reading_videonsa import Reading
@@ -78,6 +91,19 @@ class Frame:
     share: float
     video: int
     moment: Moment
+
+
+@dataclass(frozen=True)
+class SecondHop:
+    """What stood behind a moment: the blocks that its tokens selected.
+
+    Attributes:
+        moment: the moment.
+        blocks: `Block`s, the largest weight first.
+    """
+
+    moment: Moment
+    blocks: tuple[Block, ...]
 
 
 @dataclass(frozen=True)
@@ -144,9 +170,11 @@ class Evidence:
                 f"`evidence`: `generation` fed {total - first} tokens in {queries.rows} rows, and question and answer "
                 f"have {rows}"
             )
-        shares = mean_shares(reading.model, queries.joined(), reading.cache.layers, segments, count, first)
+        shares = text_shares(reading.model, queries.joined(), reading.cache.layers, segments, count, first)
         predicting = shares[len(rest) - 1 :]
-        whole = shares.mean(0, keepdim=True)
+        special = set(reading.processor.tokenizer.all_special_ids)
+        is_said = torch.tensor([token not in special for token in new])
+        whole = (predicting[is_said] if is_said.any() else predicting).mean(0, keepdim=True)
         question = question if isinstance(question, str) else ""
         return cls(reading, torch.cat([whole, predicting]), new, question, answer)
 
@@ -188,6 +216,36 @@ class Evidence:
                 pictures += [Image.fromarray(frame.permute(1, 2, 0).numpy()) for frame in frames]
         return pictures
 
+    def second_hop(self, n: int = 3, *, video: Any = None) -> list[SecondHop]:
+        """The blocks that NSA's selection branch chose for the tokens of the strongest moments, in the order of time.
+
+        These moments are decoded, encoded and run through the decoder once more; the reading stays as it is. Their own
+        blocks, which tokens always select, are not told. There are none in dense mode.
+
+        Args:
+            n: how many moments.
+            video: as in `frames`.
+        Raises:
+            ValueError: as `frames`; the video was prepared with options of its own; or the reading or its model have
+                changed since.
+        """
+        reading, found = self._reading, []
+        per_step = reading.model.config.vision_config.temporal_patch_size
+        chosen = sorted(self.strongest(n), key=lambda moment: moment.index)
+        with reading.exclusive(), torch.no_grad():
+            for number, read in enumerate(reading.videos):
+                moments = [moment for moment in chosen if moment.video == number]
+                spans = dict(enumerate(read.spans(per_step)))
+                for one in moments:
+                    start, end = spans.get(one.step, (-1.0, -1.0))
+                    if max(abs(start - one.start), abs(end - one.end)) > 0.5 / read.shape.fps:
+                        raise ValueError(f"the reading has changed at second {one.start:.2f} since then: ask anew")
+                if moments:
+                    steps = [moment.step for moment in moments]
+                    blocks = selected_blocks(reading, number, steps, self._given(number, video))
+                    found += [SecondHop(*pair) for pair in zip(moments, map(tuple, blocks), strict=True)]
+        return found
+
     def _given(self, number: int, video: Any) -> Any:
         count = len(self._reading.videos)
         if video is None or count == 1:
@@ -196,12 +254,46 @@ class Evidence:
             raise ValueError(f"`video` must be a list of {count}, as many as were read, got {type(video).__name__}")
         return video[number]
 
-    def storyboard(self, n: int = 5, *, video: Any = None) -> Image.Image:
+    def storyboard(self, n: int = 5, *, second_hop: bool = True, video: Any = None) -> Image.Image:
         """The strongest moments on one picture, in the order of time, with their times and shares.
 
-        Args and errors are those of `frames`.
+        Args:
+            n, video: as in `frames`.
+            second_hop: show under each moment the two blocks of the largest weight that its tokens selected.
+        Raises:
+            ValueError: as `frames` and `second_hop`.
         """
-        return draw_storyboard(self.frames(n, video=video), self.moments, self.question, self.answer)
+        frames, behind = self.frames(n, video=video), []
+        if second_hop:
+            blocks = [hop.blocks[:SHOWN_BLOCKS] for hop in self.second_hop(n, video=video)]
+            behind = self._pictures_of(blocks, video)
+        return draw_storyboard(frames, self.moments, self.question, self.answer, behind)
+
+    def _pictures_of(self, groups: Sequence[Sequence[Block]], video: Any) -> list[list[BlockPicture]]:
+        """For each block, pictures of the steps in which most of its tokens are."""
+        places = {
+            block.index: sorted(sorted(block.places, key=lambda place: -place.tokens)[:SHOWN_PLACES], key=_when)
+            for blocks in groups
+            for block in blocks
+        }
+        by_step = {(moment.video, moment.step): moment for moment in self.moments}
+        moments = {by_step[_when(place)].index: by_step[_when(place)] for of in places.values() for place in of}
+        ordered = [moments[index] for index in sorted(moments)]
+        pictures = dict(zip(sorted(moments), self.pictures(ordered, video), strict=True))
+        return [
+            [
+                BlockPicture(
+                    [(pictures[by_step[_when(place)].index], place.box) for place in places[block.index]],
+                    block.places[0].video,
+                    block.places[0].start,
+                    [place.end for place in block.places if place.video == block.places[0].video][-1],
+                    block.weight,
+                )
+                for block in blocks
+                if block.places
+            ]
+            for blocks in groups
+        ]
 
     def plot(self) -> Image.Image:
         """The shares over time, a picture.
@@ -213,19 +305,41 @@ class Evidence:
             raise ValueError("no video was read, so that there is nothing to plot")
         return draw_plot(self.moments, self.question, self.answer)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers, texts, lists and dicts, as JSON has them."""
-        return {
+    def to_dict(self, second_hop: int = 0, *, video: Any = None) -> dict[str, Any]:
+        """Numbers, texts, lists and dicts, as JSON has them.
+
+        Args:
+            second_hop: of how many of the strongest moments the second hop is told; video: as there.
+        Raises:
+            ValueError: as `second_hop`, where it is not 0.
+        """
+        values = {
             "question": self.question,
             "answer": self.answer,
             "text": self.text,
             "images": self.images,
-            "moments": [dict(vars(moment)) for moment in self.moments],
-            "tokens": [vars(token) | {"shares": list(token.shares)} for token in self.tokens],
+            "moments": [asdict(moment) for moment in self.moments],
+            "tokens": [asdict(token) | {"shares": list(token.shares)} for token in self.tokens],
         }
+        if second_hop:
+            hops = [asdict(hop) for hop in self.second_hop(second_hop, video=video)]
+            values["second_hop"] = [
+                {"moment": hop["moment"]["index"], "blocks": _as_lists(hop["blocks"])} for hop in hops
+            ]
+        return values
 
     def __repr__(self) -> str:
         return f"Evidence({len(self.moments)} moments, {sum(moment.share for moment in self.moments):.1%} of attention)"
+
+
+def _as_lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _as_lists(one) for name, one in value.items()}
+    return [_as_lists(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _when(place: Place) -> tuple[int, int]:
+    return place.video, place.step
 
 
 class Queries:
@@ -289,18 +403,32 @@ def segments_of(reading: "Reading") -> tuple[Tensor, int]:
     return segments, count + 2
 
 
-def mean_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, count: int, first: int) -> Tensor:
-    """Shares of attention, the mean over all layers and heads: (rows, count), float32 or more, on the CPU.
+def text_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, count: int, first: int) -> Tensor:
+    """The shares of every row of question and answer, by the rule at the top of this file.
 
     Args:
         queries: of each layer, (1, num_heads, rows, head_dim), rotated, of the tokens from position `first` on.
         layers: of the cache.
-        segments, count: as `segments_of` returns them.
+        segments, count: as `segments_of` returns them; the last one is text.
+    Returns:
+        (rows, count), float32 or more, on the CPU; every row makes 1.
     """
-    total = 0.0
-    for module, query, layer in zip(model.model.language_model.layers, queries, layers, strict=True):
-        shares = head_shares(query, layer.keys, segments, count, first, module.self_attn.scaling)
-        total = total + shares.mean(0).cpu()
+    rows = len(segments) - first
+    segments = segments.clone()
+    segments[first:] = torch.arange(count, count + rows)
+    total = before = None
+    for index, (module, query, layer) in enumerate(
+        zip(model.model.language_model.layers, queries, layers, strict=True)
+    ):
+        shares = head_shares(query, layer.keys, segments, count + rows, first, module.self_attn.scaling).mean(0).cpu()
+        direct, to_rows = shares.split([count, rows], dim=1)
+        plain = direct.clone()
+        plain[:, -1] += to_rows.sum(1)
+        if before is None:
+            total, before = plain, plain.clone()
+        else:
+            total += direct + to_rows @ (before / index)
+            before += plain
     return total / len(queries)
 
 

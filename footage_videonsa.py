@@ -125,13 +125,22 @@ class ReadVideo:
         Raises:
             ValueError: what was read is not there any more, or was not kept, and `video` is not given or too short.
         """
+        return torch.cat([frames for frames, _ in self._decoded(processor, numbers, video)])
+
+    def patches(self, processor, numbers: Sequence[int], video: Any = None) -> torch.Tensor:
+        """The same frames as patches for the vision tower, (patches, pixels); an odd last one fills its step alone."""
+        parts = self._decoded(processor, numbers, video)
+        return parts[0][1].cut(torch.cat([frames for frames, _ in parts]))
+
+    def _decoded(self, processor, numbers: Sequence[int], video: Any) -> list[tuple[torch.Tensor, Any]]:
+        """Frames, and the `VideoStream` that they come from."""
         found, first = [], 0
         for part in self.footage:
             wanted = [number - first for number in numbers if first <= number < first + len(part.times)]
             first += len(part.times)
             if wanted:
                 found.append(self._decode(processor, part, wanted, video))
-        return torch.cat(found)
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         shape = {name: value for name, value in vars(self.shape).items() if name != "tail"}
@@ -145,12 +154,7 @@ class ReadVideo:
         footage = [Footage.from_dict(first, None if part is None else bare(part)), *map(Footage.from_dict, more)]
         return cls(values["first_token"], shape, footage)
 
-    def stream(self, processor, part: Mapping[str, Any]):
-        """A `VideoStream` in the size of this video."""
-        shape = self.shape
-        return open_stream(processor, part, shape.height, shape.width, shape.fps)
-
-    def _decode(self, processor, footage: Footage, wanted: list[int], video: Any) -> torch.Tensor:
+    def _decode(self, processor, footage: Footage, wanted: list[int], video: Any) -> tuple[torch.Tensor, Any]:
         indices = [footage.indices[number] for number in wanted]
         times = [footage.times[number] for number in wanted]
         part = footage.part if video is None else {"type": "video", "video": video}
@@ -167,7 +171,7 @@ class ReadVideo:
                 f"{footage.path} is not there, or has changed since it was read: pass `video`, where it is now"
             )
         try:
-            stream = self.stream(processor, part)
+            stream = open_stream(processor, part, self.shape.height, self.shape.width, self.shape.fps)
         except ValueError as error:
             if video is not None:
                 raise
@@ -180,7 +184,7 @@ class ReadVideo:
                 )
             indices = source.frames_at(times)
         stream.plan = replace(stream.plan, frame_indices=tuple(indices), num_frames=len(indices))
-        return torch.cat(list(stream.frames(len(indices))))
+        return torch.cat(list(stream.frames(len(indices)))), stream
 
 
 def videos_of(prompt: Prompt, num_tokens: int, media: Sequence[Mapping[str, Any]]) -> list[ReadVideo]:

@@ -251,7 +251,7 @@ class Reading(Prefilled):
         memo |= {id(one): one for one in (self.model, self.processor, *media)}
         new = object.__new__(type(self))
         memo[id(self)] = new
-        with self._exclusive():
+        with self.exclusive():
             vars(new).update(copy.deepcopy(vars(self), memo), _is_busy=False)
         return new
 
@@ -292,7 +292,7 @@ class Reading(Prefilled):
             max_new_tokens = 256
         if max_new_tokens is not None:
             generation["max_new_tokens"] = max_new_tokens
-        with self._exclusive():
+        with self.exclusive():
             if evidence:
                 check_evidence(self)
             messages, text, rest = self._continue(question)
@@ -327,14 +327,14 @@ class Reading(Prefilled):
         Returns:
             `input_ids` and `attention_mask` (1, length), those of the cache included, and the cache.
         """
-        with self._exclusive():
+        with self.exclusive():
             _, _, rest = self._continue(question)
             with restored_after(self.cache):
                 yield self._inputs(rest)
 
     def forget(self) -> None:
         """Go back to before the first question that was kept."""
-        with self._exclusive():
+        with self.exclusive():
             if self._said is None:
                 return
             length, self.text, self.next_position = self._before_turns
@@ -393,7 +393,7 @@ class Reading(Prefilled):
         """
         if chunk_tokens is not None:
             check_chunk(chunk_tokens)
-        with self._exclusive():
+        with self.exclusive():
             if self.preparation:
                 raise ValueError(
                     f"footage cannot be prepared as this was, with {', '.join(self.preparation)}: read anew"
@@ -473,13 +473,12 @@ class Reading(Prefilled):
         Raises:
             ValueError: the folder exists, or the cache is one of transformers' that cannot be saved.
         """
-        with self._exclusive():
+        with self.exclusive():
             save_reading(self, folder, overwrite)
 
-    # What follows is done under the model's lock.
-
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
+        """Inside, the model works for nobody else; a ValueError where it has changed since this was read."""
         with _LOCKS_LOCK:
             lock = _LOCKS.setdefault(self.model, threading.RLock())
         with lock:
@@ -491,6 +490,8 @@ class Reading(Prefilled):
                 yield
             finally:
                 self._is_busy = False
+
+    # What follows is done under the model's lock.
 
     def _check_unchanged(self) -> None:
         check_mode(self.model)
@@ -580,7 +581,7 @@ class Reading(Prefilled):
 
     def _read(self, prompt: Prompt, progress: bool, callback) -> None:
         report = Reporter(prompt.num_frames, prompt.length, progress, callback)
-        with self._exclusive():
+        with self.exclusive():
             try:
                 self.prefill(prompt.ids, prompt.types, prompt.positions, prompt.pieces(), prompt.chunk_tokens, report)
             except BaseException as error:

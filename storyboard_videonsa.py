@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -10,9 +10,30 @@ _PAPER, _INK, _FAINT, _LINE = "#ffffff", "#1f2430", "#6b7280", "#d7dbe2"
 _STRONG, _WEAK, _BEHIND = "#d9480f", "#f3c9ae", "#1864ab"
 _MARGIN, _GAP, _COLUMNS = 24, 16, 6
 _CELL = 168  # width of a frame, and its largest height
-_SMALL = 3  # frames behind a frame, side by side under it
+SHOWN_BLOCKS = 2  # under a frame, side by side
+SHOWN_PLACES = 4  # of a block, in one picture
 _LINKS = 44  # height between a frame's bar and what is behind it
 _PLOT_WIDTH, _PLOT_HEIGHT = 900, 150
+
+_LEGEND = "Bars: share of the answer's attention."
+_LEGEND_BEHIND = " Blue: the earlier blocks of the video that the tokens of a frame selected most."
+
+
+class BlockPicture(NamedTuple):
+    """A block that a frame's tokens selected.
+
+    Attributes:
+        places: up to `SHOWN_PLACES` pairs of a picture and the box (left, top, right, bottom) of the block's tokens in
+            it, in fractions.
+        video: the number of the one in which it begins; start, end: seconds.
+        weight: of the block.
+    """
+
+    places: list[tuple[Image.Image, tuple[float, float, float, float]]]
+    video: int
+    start: float
+    end: float
+    weight: float
 
 
 def clock(seconds: float, spacing: float = 1.0) -> str:
@@ -28,7 +49,11 @@ def clock(seconds: float, spacing: float = 1.0) -> str:
 
 
 def draw_storyboard(
-    frames: Sequence[Any], moments: Sequence[Any], question: str, answer: str, behind: Sequence[Sequence] = ()
+    frames: Sequence[Any],
+    moments: Sequence[Any],
+    question: str,
+    answer: str,
+    behind: Sequence[Sequence[BlockPicture]] = (),
 ) -> Image.Image:
     """The frames in order, each with its time and a bar of its share, and over them where they lie in the video.
 
@@ -36,25 +61,29 @@ def draw_storyboard(
         frames: `evidence_videonsa.Frame`s in the order of time.
         moments: all of the reading.
         question, answer: for the heading.
-        behind: for each frame, (picture, time, weight, box) of what its tokens selected, the largest weight first; the
-            box is (left, top, right, bottom) in fractions of the picture.
+        behind: for each frame what its tokens selected, the largest weight first; or nothing.
     """
-    columns = min(_COLUMNS, len(frames))
+    columns = -(-len(frames) // -(-len(frames) // _COLUMNS))  # as many in each row
     width = max(2 * _MARGIN + columns * (_CELL + _GAP) - _GAP, 560)
     heading = _heading(question, answer, width - 2 * _MARGIN)
     sizes = [_fitted(frame.image.size, _CELL, _CELL) for frame in frames]
     tall = max(height for _, height in sizes)
     is_linked = any(behind)
-    small = (_CELL - (_SMALL - 1) * 6) // _SMALL
-    small_tall = max((_fitted(one[0].size, small, small)[1] for group in behind for one in group), default=0)
+    small = (_CELL - (SHOWN_BLOCKS - 1) * 6) // SHOWN_BLOCKS
+    mosaics = [[_mosaic(block, small) for block in group[:SHOWN_BLOCKS]] for group in behind]
+    small_tall = max((mosaic.height for group in mosaics for mosaic in group), default=0)
     cell_height = tall + 46 + (_LINKS + small_tall + 18 if is_linked else 0)
     rows = -(-len(frames) // columns)
     videos = sorted({moment.video for moment in moments})
     strip = 34 * len(videos)
     top = _MARGIN + heading.height + 14 + strip + 18
-    picture = Image.new("RGB", (width, top + rows * (cell_height + 22) + 4), _PAPER)
+    legend = _wrapped(_LEGEND + (_LEGEND_BEHIND if is_linked else ""), width - 2 * _MARGIN, 13)
+    bottom = top + rows * (cell_height + 22)
+    picture = Image.new("RGB", (width, bottom + 18 * len(legend) + 14), _PAPER)
     picture.paste(heading, (_MARGIN, _MARGIN))
     draw = ImageDraw.Draw(picture)
+    for number, line in enumerate(legend):
+        draw.text((_MARGIN, bottom + 18 * number), line, fill=_FAINT, font=_font(13))
     shown = {frame.moment.index for frame in frames}
     for number, video in enumerate(videos):
         of_video = [moment for moment in moments if moment.video == video]
@@ -78,25 +107,55 @@ def draw_storyboard(
             length = max(8, round(_CELL * frame.share / most))
             draw.rounded_rectangle((x, bar, x + length - 1, bar + 8), 4, fill=_STRONG)
         if is_linked and behind[number]:
-            _draw_behind(picture, behind[number], x, bar + 12, small, small_tall, spacing)
+            _draw_behind(picture, behind[number], mosaics[number], x, bar + 12, small, small_tall, len(videos) > 1)
     return picture
 
 
-def _draw_behind(picture: Image.Image, group: Sequence, x: int, y: int, small: int, tall: int, spacing: float) -> None:
+def _draw_behind(
+    picture: Image.Image,
+    blocks: Sequence[BlockPicture],
+    mosaics: Sequence[Image.Image],
+    x: int,
+    y: int,
+    small: int,
+    tall: int,
+    is_one_of_several: bool,
+) -> None:
+    """Under a frame's bar at (x, y), its blocks in the order of time, and a line to each, as thick as its weight."""
     draw = ImageDraw.Draw(picture)
-    most = max(weight for _, _, weight, _ in group) or 1.0
-    group = sorted(group[:_SMALL], key=lambda one: one[1])
-    for place, (image, time, weight, box) in enumerate(group):
-        size = _fitted(image.size, small, small)
-        left, top = x + place * (small + 6) + (small - size[0]) // 2, y + _LINKS
-        thick = max(1, round(4 * weight / most))
-        draw.line((x + _CELL // 2, y, left + size[0] // 2, top), fill=_BEHIND, width=thick)
-        picture.paste(_resized(image, size), (left, top))
-        corners = [round(edge * side) for edge, side in zip(box, (*size, *size), strict=True)]
-        draw.rectangle(
-            (left + corners[0], top + corners[1], left + corners[2] - 1, top + corners[3] - 1), outline=_BEHIND, width=2
-        )
-        draw.text((left + size[0] // 2, y + _LINKS + tall + 4), clock(time, spacing), _FAINT, _font(12), "ma")
+    pairs, top = (
+        sorted(zip(blocks, mosaics, strict=False), key=lambda pair: (pair[0].video, pair[0].start)),
+        x + _CELL // 2,
+    )
+    if len(pairs) == 1:
+        x += (_CELL - small) // 2
+    for place, (block, mosaic) in enumerate(pairs):
+        left = x + place * (small + 6) + (small - mosaic.width) // 2
+        middle = left + mosaic.width // 2
+        thick = max(1, round(6 * block.weight))
+        draw.line((top, y, middle, y + _LINKS), fill=_BEHIND, width=thick)
+        picture.paste(mosaic, (left, y + _LINKS))
+        spacing = block.end - block.start
+        name = f"{clock(block.start, spacing)}-{clock(block.end, spacing)}"
+        name = f"{block.video + 1}: {name}" if is_one_of_several else name
+        draw.text((middle, y + _LINKS + tall + 4), name, _FAINT, _font(12), "ma")
+
+
+def _mosaic(block: BlockPicture, side: int) -> Image.Image:
+    """The places of a block in one picture, with a box around its tokens in each."""
+    count = len(block.places)
+    columns = 1 if count == 1 else 2
+    width = (side - 2 * (columns - 1)) // columns
+    size = _fitted(block.places[0][0].size, width, side)
+    rows = -(-count // columns)
+    mosaic = Image.new("RGB", (columns * (size[0] + 2) - 2, rows * (size[1] + 2) - 2), _PAPER)
+    draw = ImageDraw.Draw(mosaic)
+    for number, (image, box) in enumerate(block.places):
+        left, top = number % columns * (size[0] + 2), number // columns * (size[1] + 2)
+        mosaic.paste(_resized(image, size), (left, top))
+        x0, y0, x1, y1 = (round(edge * length) for edge, length in zip(box, (*size, *size), strict=True))
+        draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline=_BEHIND, width=2)
+    return mosaic
 
 
 def draw_plot(moments: Sequence[Any], question: str, answer: str) -> Image.Image:
@@ -223,7 +282,7 @@ def _wrapped(text: str, width: int, size: int, most: int = 4) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    return f"{share:.0%}" if share >= 0.1 or not share else f"{share:.1%}" if share >= 0.001 else f"{share:.2%}"
+    return f"{share:.0%}" if share >= 0.1 or not share else f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 
 def _fitted(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:

@@ -58,12 +58,14 @@ class Question:
         text: as put to the model.
         answer: one word or digit.
         choices: what the answer is one of.
+        seconds: at which the cards are that the answer follows from, ascending.
     """
 
     kind: str
     text: str
     answer: str
     choices: tuple[str, ...]
+    seconds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -166,37 +168,45 @@ def _filler(rng: np.random.Generator, favourite: str) -> Card:
 
 def _needle(scene: Scene) -> list[Question]:
     (second,) = scene.where("ball")
-    return [Question("needle", "Which way does the ball move?", scene.cards[second].value, DIRECTIONS)]
+    return [Question("needle", "Which way does the ball move?", scene.cards[second].value, DIRECTIONS, (second,))]
 
 
 def _order(scene: Scene) -> list[Question]:
-    flashes = [scene.cards[second].value for second in scene.where("flash")]
+    flashes = {scene.cards[second].value: second for second in scene.where("flash")}
     pairs = [(a, b) for a in flashes for b in flashes if a != b]
-    return [
-        Question("order", f"Which flash comes first, {a} or {b}?", min(a, b, key=flashes.index), (a, b))
-        for a, b in pairs
-    ]
+    questions = []
+    for a, b in pairs:
+        text, seconds = f"Which flash comes first, {a} or {b}?", sorted((flashes[a], flashes[b]))
+        questions.append(Question("order", text, min(a, b, key=flashes.get), (a, b), tuple(seconds)))
+    return questions
 
 
 def _count(scene: Scene) -> list[Question]:
     if _most_stars(len(scene.cards)) == 1:
         return []
-    choices = tuple(str(number + 1) for number in range(len(ORDINALS)))
-    return [Question("count", "How many stars are there?", str(len(scene.where("star"))), choices)]
+    choices, stars = tuple(str(number + 1) for number in range(len(ORDINALS))), scene.where("star")
+    return [Question("count", "How many stars are there?", str(len(stars)), choices, tuple(stars))]
 
 
 def _ordinal(scene: Scene) -> list[Question]:
     stars = scene.where("star")
     return [
-        Question("ordinal", f"What colour is the {name} star?", scene.cards[second].value, COLOURS)
+        Question("ordinal", f"What colour is the {name} star?", scene.cards[second].value, COLOURS, (second,))
         for name, second in zip(ORDINALS, stars, strict=False)
     ]
 
 
 def _repetition(scene: Scene) -> list[Question]:
-    digits = [scene.cards[second].value for second in scene.where("digit")]
-    (twice,) = {digit for digit in digits if digits.count(digit) == 2}
-    return [Question("repetition", "Which digit is shown twice?", twice, DIGITS)]
+    first, second = _shown_twice(scene)
+    return [Question("repetition", "Which digit is shown twice?", scene.cards[first].value, DIGITS, (first, second))]
+
+
+def _shown_twice(scene: Scene) -> tuple[int, int]:
+    """The seconds of the digit that is."""
+    digits = scene.where("digit")
+    values = [scene.cards[second].value for second in digits]
+    first, second = (second for second, value in zip(digits, values, strict=True) if values.count(value) == 2)
+    return first, second
 
 
 def _digits_after_flashes(scene: Scene, kind: str, is_kind: Callable[[int], bool]) -> list[Question]:
@@ -206,7 +216,7 @@ def _digits_after_flashes(scene: Scene, kind: str, is_kind: Callable[[int], bool
         second = next(second for second in digits if second > flash)
         if is_kind(second - flash - 1):
             text = f"Which digit comes after the {scene.cards[flash].value} flash?"
-            questions.append(Question(kind, text, scene.cards[second].value, DIGITS))
+            questions.append(Question(kind, text, scene.cards[second].value, DIGITS, (flash, second)))
     return questions
 
 
@@ -219,22 +229,19 @@ def _later(scene: Scene) -> list[Question]:
 
 
 def _recall(scene: Scene) -> list[Question]:
-    digits = scene.where("digit")
-    values = [scene.cards[second].value for second in digits]
-    first = next(second for second, value in zip(digits, values, strict=True) if values.count(value) == 2)
+    first, again = _shown_twice(scene)
     if first == 0 or scene.cards[first - 1].value not in COLOURS:
         return []
     text = "What colour comes right before the digit that is shown twice, the first time?"
-    return [Question("recall", text, scene.cards[first - 1].value, COLOURS)]
+    return [Question("recall", text, scene.cards[first - 1].value, COLOURS, (first - 1, first, again))]
 
 
 def _before(scene: Scene) -> list[Question]:
     (second,) = scene.where("ball")
     if second == 0 or scene.cards[second - 1].what not in FILLER_SHAPES:
         return []
-    return [
-        Question("before", "What colour is the shape right before the ball?", scene.cards[second - 1].value, COLOURS)
-    ]
+    text, seconds = "What colour is the shape right before the ball?", (second - 1, second)
+    return [Question("before", text, scene.cards[second - 1].value, COLOURS, seconds)]
 
 
 def _majority(scene: Scene) -> list[Question]:
@@ -244,7 +251,10 @@ def _majority(scene: Scene) -> list[Question]:
     is_early = 2 * _count_shapes(past) <= _count_shapes(future)
     shape = clear_majority(past) if is_early else None
     text = "Are there more circles or squares before the ball?"
-    return [Question("majority", text, shape, MAJORITY_SHAPES)] if shape else []
+    if shape is None:
+        return []
+    shapes = (at for at, card in enumerate(past) if card.what in MAJORITY_SHAPES)
+    return [Question("majority", text, shape, MAJORITY_SHAPES, (*shapes, second))]
 
 
 def _count_shapes(cards: Sequence[Card]) -> int:

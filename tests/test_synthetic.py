@@ -56,6 +56,24 @@ def test_answers_of_a_scene_written_by_hand():
     }
 
 
+def test_seconds_that_answers_of_this_scene_follow_from():
+    seconds = [(question.kind, question.seconds) for question in SCENE.questions()]
+    assert seconds == [
+        ("needle", (13,)),
+        ("order", (1, 3)),
+        ("order", (1, 3)),
+        ("count", (0, 11)),
+        ("ordinal", (0,)),
+        ("ordinal", (11,)),
+        ("repetition", (2, 28)),
+        ("after", (1, 2)),
+        ("later", (3, 10)),
+        ("recall", (1, 2, 28)),
+        ("before", (12, 13)),
+        ("majority", (*range(4, 10), 12, 13)),
+    ]
+
+
 def test_questions_that_a_scene_does_not_allow():
     """No shape right before the ball; most circles and squares before it, so that the whole video tells the majority;
     no majority at all."""
