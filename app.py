@@ -174,17 +174,20 @@ class Page:
         def steps(visitor: Visitor):
             return self.jobs.read(visitor, self.jobs.settings(*settings))
 
-        yield from self._shown(request, self.status, steps)
+        yield from self._shown(request, self.status, settings, steps)
 
     def on_chip(self, request: gr.Request, event: gr.EventData, *asking) -> Iterator[dict]:
         def steps(visitor: Visitor):
             questions = visitor.video.questions if visitor.video else ()
             return self._ask(visitor, _chosen(event, questions), *asking)
 
-        yield from self._shown(request, self.ask_status, steps)
+        yield from self._shown(request, self.ask_status, asking[2:], steps)
 
     def on_ask(self, request: gr.Request, question: str, *asking) -> Iterator[dict]:
-        yield from self._shown(request, self.ask_status, lambda visitor: self._ask(visitor, question, *asking))
+        def steps(visitor: Visitor):
+            return self._ask(visitor, question, *asking)
+
+        yield from self._shown(request, self.ask_status, asking[2:], steps)
 
     async def on_stop(self, request: gr.Request) -> None:
         # On the event loop, since all threads may be waiting.
@@ -225,21 +228,21 @@ class Page:
         return {self.plan: text, self.read: button, self.counts: is_sparse}
 
     def _read_button(self, visitor: Visitor, settings: Settings) -> gr.Button:
-        text = "Read the video"
-        if any(kept.settings == settings for kept in visitor.readings):
-            text = "Read the video again"
-        elif visitor.readings:
-            text = f"Read the video so too ({settings.attention.lower()})"
-        return gr.Button(text, interactive=True)
+        is_read = any(kept.settings == settings for kept in visitor.readings)
+        text = "Read the video again" if is_read else "Read the video"
+        if visitor.readings and not is_read:
+            text = f"Read the video so too: {settings.attention.lower()}"
+        return gr.Button(text, variant="secondary" if is_read else "primary", interactive=True, visible=True)
 
     def _ask(self, visitor: Visitor, question: str, labels, length, *settings) -> Iterator[dict]:
         return self.jobs.ask(visitor, self.jobs.settings(*settings), question, labels, length)
 
-    def _shown(self, request: gr.Request, status: gr.HTML, steps) -> Iterator[dict]:
+    def _shown(self, request: gr.Request, status: gr.HTML, settings, steps) -> Iterator[dict]:
         """The updates of a job, as updates of parts."""
         yield {status: "", self.question: gr.Textbox(value="", submit_btn=False, stop_btn="Stop")}
         try:
-            for update in steps(self.visitors.of(request.session_hash)):
+            visitor = self.visitors.of(request.session_hash)
+            for update in steps(visitor):
                 parts = {"status": status, "messages": self.chat, "evidence": self.evidence}
                 shown = {part: update[name] for name, part in parts.items() if name in update}
                 if "is_reading" in update:
@@ -248,7 +251,8 @@ class Page:
                     labels = [kept.label for kept in update["readings"]]
                     shown[self.answer_from] = gr.CheckboxGroup(labels, value=labels, visible=len(labels) > 1)
                     shown[self.compare] = views.comparison(update["readings"])
-                    shown |= {self.read: gr.Button(visible=True), self.cancel: gr.Button(visible=False)}
+                    shown[self.read] = self._read_button(visitor, self.jobs.settings(*settings))
+                    shown[self.cancel] = gr.Button(visible=False)
                 yield shown
         except Refused as reason:
             yield {status: views.problem(str(reason))}

@@ -62,7 +62,7 @@ def header(model: str, device: str) -> str:
 
 def uploader(key: str, examples: Sequence[tuple[Video, str]], limits: Limits, chosen: str | None) -> str:
     """Where to drop a file, and the examples with a picture each."""
-    most = f"up to {limits.upload_bytes / 2**20:,.0f} MB and {limits.seconds / 60:.4g} minutes"
+    most = f"up to {limits.upload_bytes / 2**20:,.0f} MB and {limits.seconds / 60:.4g} minutes; gone when you leave"
     pressed = {True: "true", False: "false"}
     cards = "".join(
         f'<button type="button" class="example" data-example="{index}" aria-pressed="{pressed[video.name == chosen]}">'

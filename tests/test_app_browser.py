@@ -45,15 +45,13 @@ def films(tmp_path_factory):
 
 
 class Browser:
-    """A browser with the page open.
+    """A browser that shows the page.
 
     Args:
         server: of the page.
-        size: of the window.
-        theme: "light" or "dark".
     """
 
-    def __init__(self, server: PageServer, size: tuple[int, int] = (1280, 900), theme: str = "light"):
+    def __init__(self, server: PageServer):
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         arguments = ["headless=new", "no-sandbox", "disable-dev-shm-usage", "disable-gpu", "mute-audio"]
@@ -61,12 +59,16 @@ class Browser:
         arguments += ["host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1", "no-proxy-server"]
         for argument in arguments:
             options.add_argument(f"--{argument}")
-        metrics = {"width": size[0], "height": size[1], "pixelRatio": 1.0, "mobile": size[0] < 600}
-        options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.server = server
         self.driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
         self.driver.set_page_load_timeout(SECONDS)
-        self.driver.get(f"{server.url}/?__theme={theme}")
+
+    def open(self, width: int = 1280, height: int = 900, theme: str = "light") -> None:
+        """Load the page, as a new visitor."""
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get(f"{self.server.url}/?__theme={theme}")
         self.wait_for(lambda: self.all("#plan .fact"), "the plan of the first example")
 
     def all(self, selector: str) -> list:
@@ -108,10 +110,13 @@ class Browser:
     def is_idle(self) -> bool:
         return self.text("#question button") == "Ask"
 
+    def type(self, question: str) -> None:
+        self.all("#question textarea, #question input")[0].send_keys(question, Keys.ENTER)
+
     def ask(self, question: str) -> str:
         """Type a question; its answer."""
         before = len(self.answers)
-        self.all("#question textarea, #question input")[0].send_keys(question, Keys.ENTER)
+        self.type(question)
         self.wait_for(lambda: len(self.answers) > before, "an answer")
         return self.wait_for_answers(before + 1)[-1]
 
@@ -134,11 +139,17 @@ class Browser:
         self.driver.quit()
 
 
-@pytest.fixture
-def browser(server):
+@pytest.fixture(scope="module")
+def first_browser(server):
     browser = Browser(server)
     yield browser
     browser.close()
+
+
+@pytest.fixture
+def browser(first_browser):
+    first_browser.open()
+    return first_browser
 
 
 def test_an_example_answers_at_once(browser, tmp_path):
@@ -170,7 +181,7 @@ def test_upload_read_ask_and_switch_to_dense(browser, films):
     browser.wait_for(lambda: "100%" in browser.text("#plan"), "the plan of dense attention")
     assert "dense" in browser.text("#read")
     browser.read()
-    browser.all("#question textarea, #question input")[0].send_keys(questions[1].text, Keys.ENTER)
+    browser.type(questions[1].text)
     sparse, dense = browser.wait_for_answers(3)[1:]
     assert sparse.startswith("Sparse, 2 blocks") and dense.startswith("Dense")
     assert parse_answer(sparse.splitlines()[-1], questions[1].choices) == questions[1].answer
@@ -187,30 +198,30 @@ def test_sliders_change_the_plan(browser):
     browser.check_console()
 
 
-def test_two_visitors_at_once(server, films):
-    browsers = [Browser(server), Browser(server)]
+def test_two_visitors_at_once(browser, server, films):
+    other = Browser(server)
     try:
-        for browser, (video, _) in zip(browsers, films, strict=True):
-            browser.upload(video.path)
-        for browser, (video, _) in zip(browsers, films, strict=True):
-            browser.wait_for(lambda b=browser, v=video: v.path.name in b.text("#player"), "the upload")
-            browser.click("#read")
-        for browser in browsers:
-            browser.wait_for(lambda b=browser: "Read in" in b.text("#status"), "the end of the reading")
-        boxes = [browser.all("#question textarea, #question input")[0] for browser in browsers]
+        other.open()
+        both = list(zip((browser, other), films, strict=True))
+        for one, (video, _) in both:
+            one.upload(video.path)
+        for one, (video, _) in both:
+            one.wait_for(lambda one=one, video=video: video.path.name in one.text("#player"), "the upload")
+            one.click("#read")
+        for one, _ in both:
+            one.wait_for(lambda one=one: "Read in" in one.text("#status"), "the end of the reading")
         for number in range(2):
-            for box, (_, questions) in zip(boxes, films, strict=True):
-                box.send_keys(questions[number].text, Keys.ENTER)
-            for browser, (_, questions) in zip(browsers, films, strict=True):
-                answer = browser.wait_for_answers(number + 1)[-1]
+            for one, (_, questions) in both:
+                one.type(questions[number].text)
+            for one, (_, questions) in both:
+                answer = one.wait_for_answers(number + 1)[-1]
                 assert parse_answer(answer, questions[number].choices) == questions[number].answer
-        for browser, (_, questions) in zip(browsers, films, strict=True):
-            asked = [one.text for one in browser.all("#chat [data-testid=user]")]
+        for one, (_, questions) in both:
+            asked = [message.text for message in one.all("#chat [data-testid=user]")]
             assert asked == [question.text for question in questions[:2]]
-            browser.check_console()
+            one.check_console()
     finally:
-        for browser in browsers:
-            browser.close()
+        other.close()
 
 
 def test_broken_files_are_told_and_an_example_goes_on(browser, films, tmp_path):
@@ -246,18 +257,16 @@ def test_cancel(browser, tmp_path):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_on_a_phone(server, theme):
-    browser = Browser(server, (390, 844), theme)
-    try:
-        browser.click("#chips .chip")
-        browser.wait_for_answers(1)
-        browser.wait_for(lambda: browser.all("#evidence .frame"), "the frames")
-        assert browser.overflow <= 0
-        colour = browser.all(".gradio-container")[0].value_of_css_property("background-color")
-        red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
-        assert (red + green + blue > 600) == (theme == "light")
-        # The chat can be used without scrolling past the settings.
-        order = [browser.all(part)[0].rect["y"] for part in ("#player", "#plan", "#read", "#chat", "#settings")]
-        assert order == sorted(order)
-    finally:
-        browser.close()
+def test_on_a_phone(first_browser, theme):
+    browser = first_browser
+    browser.open(390, 844, theme)
+    browser.click("#chips .chip")
+    browser.wait_for_answers(1)
+    browser.wait_for(lambda: browser.all("#evidence .frame"), "the frames")
+    assert browser.overflow <= 0
+    colour = browser.all("h1")[0].value_of_css_property("color")
+    red, green, blue = map(int, re.findall(r"\d+", colour)[:3])
+    assert (red + green + blue > 400) == (theme == "dark")
+    # The chat can be used without scrolling past the settings.
+    places = [browser.all(part)[0].rect["y"] for part in ("#player", "#plan", "#read", "#chat", "#settings")]
+    assert places == sorted(places)
