@@ -3,12 +3,14 @@
     python app.py                                # the small checkpoint and drawn videos
     python app.py --model path/or/hub-id         # any other, any video
 
-It is a Gradio app in the form of a Hugging Face Space, where `VIDEONSA_MODEL` in the environment names the model.
+It is a Gradio app in the form of a Hugging Face Space, where `VIDEONSA_PAGE` in the environment has the arguments.
 `docs/app.md` says what it keeps of its visitors, and for how long. What is not layout is in `page/`.
 """
 
 import argparse
+import contextlib
 import os
+import shlex
 import signal
 import sys
 import tempfile
@@ -134,7 +136,10 @@ class Page:
     # What happens. Every handler gives updates of parts; it knows its visitor by the session alone.
 
     def on_load(self, request: gr.Request, *settings):
-        visitor = self.visitors.arrive(request.session_hash)
+        try:
+            visitor = self.visitors.arrive(request.session_hash)
+        except Refused as reason:
+            return {self.status: views.problem(str(reason))}
         if self.examples:
             self.visitors.choose(visitor, self.examples[0][0])
         chosen = visitor.video.name if visitor.video else None
@@ -191,10 +196,12 @@ class Page:
 
     async def on_stop(self, request: gr.Request) -> None:
         # On the event loop, since all threads may be waiting.
-        self.visitors.of(request.session_hash).stop.set()
+        with contextlib.suppress(Refused):
+            self.visitors.of(request.session_hash).stop.set()
 
     def on_clear(self, request: gr.Request):
-        self.visitors.of(request.session_hash).messages.clear()
+        with contextlib.suppress(Refused):
+            self.visitors.of(request.session_hash).messages.clear()
         return {self.evidence: ""}
 
     def on_unload(self, request: gr.Request) -> None:
@@ -295,7 +302,7 @@ def theme() -> gr.Theme:
 def parse_arguments() -> argparse.Namespace:
     limits = Limits()
     parser = argparse.ArgumentParser(description="A web page to ask a video.")
-    model = os.environ.get("VIDEONSA_MODEL") or str(ROOT / "checkpoints" / "tiny")
+    model = str(ROOT / "checkpoints" / "tiny")
     parser.add_argument("--model", default=model, help="checkpoint folder or Hub id; default: the small checkpoint")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
@@ -310,7 +317,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--share", default="no", choices=("no", "yes"), help="a public address through Gradio's servers"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args([*shlex.split(os.environ.get("VIDEONSA_PAGE", "")), *sys.argv[1:]])
     for name in ("chunk_tokens", "max_upload_mb", "max_minutes", "max_readings_gb", "idle_minutes"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")

@@ -162,6 +162,9 @@ class Jobs:
         except Refused:
             raise
         except ValueError as error:
+            if visitor.video is not video:  # whose file is gone
+                yield {"status": ""}
+                return
             raise Refused(for_visitors(error, video)) from error
         except Exception as error:
             logger.exception("a job failed")

@@ -5,6 +5,7 @@ of the visitor. Nothing that a client sends names a file of the server: a visito
 events of the page mean by "the upload". Gradio's own ways for files are closed, since the page does without them.
 """
 
+import json
 import re
 import secrets
 import unicodedata
@@ -25,7 +26,7 @@ _MAX_NAME = 80
 _CLOSED = re.compile(r"/(gradio_api/)?(upload|upload_progress|file=|file/|proxy=|stream/|api/|call/|deep_link|vibe)")
 _EVENTS = re.compile(r"/gradio_api/(queue|run|component_server|cancel|reset)")
 # An event with one of these makes Gradio copy or fetch a file before a handler sees it.
-_FILE_MARK = b"gradio.FileData"
+_FILE_MARK = "gradio.FileData"
 
 _EBML, _ASF = b"\x1aE\xdf\xa3", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot")
@@ -69,30 +70,32 @@ def routes(visitors: Visitors) -> list[Route]:
         if visitor is None:
             return _refusal("This page was left alone for too long. Please reload it.", 410)
         try:
-            room = await run_in_threadpool(visitors.room_for_upload, visitor)
+            room = await run_in_threadpool(visitors.reserve_upload, visitor)
         except Refused as reason:
             return _refusal(str(reason), 507)
+        visitor.uploads += 1
+        number = visitor.uploads
         name = shown_name(unquote(request.query_params.get("name", ""))) or "video"
         part = visitor.folder / f"{secrets.token_hex(8)}.part"
         try:
-            head = await _save(request, part, room)
+            head = await _save(request, part, room, lambda: visitor.uploads == number and not visitor.is_gone)
             suffix = container_suffix(head)
             if suffix is None:
                 reason = "is empty" if not head else "is not a video file that can be read here"
                 return _refusal(f"{name} {reason}. Try MP4, WebM, MKV, MOV or AVI.", 415)
             path = part.with_suffix(suffix)
             part.rename(path)
-            if visitor.is_gone:
-                path.unlink(missing_ok=True)
             before, visitor.upload = visitor.upload, Video(path, name, is_upload=True)
             if before is not None and before != visitor.video:
                 before.path.unlink(missing_ok=True)
         except _TooLarge:
             return _refusal(f"{name} is larger than {room / 2**20:,.0f} MB, which is the limit here.", 413)
-        except (ClientDisconnect, FileNotFoundError):  # the visitor has left
+        except (ClientDisconnect, FileNotFoundError):  # the visitor has left, or chose another file
             return _refusal("The upload was interrupted.", 400)
         finally:
             part.unlink(missing_ok=True)
+            if visitor.uploads == number:
+                visitor.reserved = 0
         return JSONResponse({"name": name})
 
     async def video(request: Request) -> Response:
@@ -122,7 +125,7 @@ class _TooLarge(Exception):
     pass
 
 
-async def _save(request: Request, path: Path, limit: int) -> bytes:
+async def _save(request: Request, path: Path, limit: int, is_wanted: Callable[[], bool]) -> bytes:
     """Write the body into a file; its first bytes."""
     promised = request.headers.get("content-length", "0")
     if promised.isdigit() and int(promised) > limit:
@@ -133,6 +136,8 @@ async def _save(request: Request, path: Path, limit: int) -> bytes:
             size += len(chunk)
             if size > limit:
                 raise _TooLarge
+            if not is_wanted():
+                raise ClientDisconnect
             if len(head) < 512:
                 head += chunk[: 512 - len(head)]
             await run_in_threadpool(file.write, chunk)
@@ -140,7 +145,7 @@ async def _save(request: Request, path: Path, limit: int) -> bytes:
 
 
 class NoFilesByGradio:
-    """ASGI middleware that closes Gradio's own ways for files, and bounds the size of events."""
+    """ASGI middleware: Gradio's own ways for files are closed, events carry none, and their size is bounded."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self.app = app
@@ -158,10 +163,18 @@ class NoFilesByGradio:
                 if message["type"] != "http.request":
                     return None
                 body, more = body + message.get("body", b""), message.get("more_body", False)
-            if more or len(body) > MAX_EVENT_BYTES or _FILE_MARK in body:
+            if more or len(body) > MAX_EVENT_BYTES or _has_files(body):
                 return await PlainTextResponse("Refused", 400)(scope, receive, send)
             receive = _replay(body, receive)
         return await self.app(scope, receive, send)
+
+
+def _has_files(body: bytes) -> bool:
+    """Whether an event says so anywhere, however its letters are written; True also of what is no JSON."""
+    try:
+        return _FILE_MARK in json.dumps(json.loads(body))
+    except (ValueError, RecursionError):
+        return True
 
 
 def _replay(body: bytes, receive: Callable) -> Callable:

@@ -22,6 +22,7 @@ class Limits:
         seconds: of one video.
         readings: that are kept of one visitor.
         all_reading_bytes: of the caches of all visitors' readings.
+        visitors: that may be there at once.
         idle_seconds: after which a visitor who does nothing is forgotten.
         waiting: visitors that may wait for the model.
         question_letters, new_tokens: of one question and its answer.
@@ -32,6 +33,7 @@ class Limits:
     seconds: float = 600.0
     readings: int = 3
     all_reading_bytes: int = 8 << 30
+    visitors: int = 500
     idle_seconds: float = 1800.0
     waiting: int = 16
     question_letters: int = 1000
@@ -95,6 +97,8 @@ class Visitor:
         readings: of it, the oldest first.
         messages: of the conversation, as the page shows them.
         stop: set to end what is computed for this visitor.
+        uploads: that have begun; only the last one goes on.
+        reserved: bytes that it may have.
         busy: held while something is computed for this visitor.
     """
 
@@ -103,6 +107,8 @@ class Visitor:
     last_seen: float
     video: Video | None = None
     upload: Video | None = None
+    uploads: int = 0
+    reserved: int = 0
     readings: list[KeptReading] = field(default_factory=list)
     messages: list[dict] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -128,9 +134,15 @@ class Visitors:
         return len(self._by_session)
 
     def arrive(self, session: str) -> Visitor:
-        """A new visitor; one that was there in the same session is forgotten."""
+        """A new visitor; one that was there in the same session is forgotten.
+
+        Raises:
+            Refused: too many are there.
+        """
         with self._lock:
             self.leave(session)
+            if len(self) >= self.limits.visitors:
+                raise Refused("Too many visitors are here. Please come back in a few minutes.")
             key = secrets.token_urlsafe(24)
             visitor = Visitor(key, self.folder / key, self._clock())
             visitor.folder.mkdir(parents=True)
@@ -186,19 +198,19 @@ class Visitors:
         for session in idle:
             self.leave(session)
 
-    def room_for_upload(self, visitor: Visitor) -> int:
-        """Bytes that a new file of a visitor may have; it replaces the one before.
+    def reserve_upload(self, visitor: Visitor) -> int:
+        """Bytes that a new file of a visitor may have.
 
         Raises:
-            Refused: others' files take all the room there is.
+            Refused: files of others take too much of the room that there is.
         """
         with self._lock:
             others = (one for one in self._by_session.values() if one is not visitor)
-            used = sum(file.stat().st_size for one in others for file in _files(one.folder))
-        room = min(self.limits.upload_bytes, self.limits.all_upload_bytes - used)
-        if room < self.limits.upload_bytes:
-            raise Refused("There is no room for another file at the moment. Please try again in a few minutes.")
-        return room
+            used = sum(one.reserved + sum(file.stat().st_size for file in _files(one.folder)) for one in others)
+            if self.limits.all_upload_bytes - used < self.limits.upload_bytes:
+                raise Refused("There is no room for another file at the moment. Please try again in a few minutes.")
+            visitor.reserved = self.limits.upload_bytes
+            return visitor.reserved
 
     def choose(self, visitor: Visitor, video: Video) -> None:
         """Show another video; readings, answers and the file of the one before are gone."""

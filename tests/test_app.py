@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -166,7 +167,9 @@ class TestVisitors:
 
     @pytest.fixture
     def visitors(self, tmp_path, clock):
-        limits = Limits(upload_bytes=100, all_upload_bytes=250, readings=2, all_reading_bytes=100, idle_seconds=60.0)
+        limits = Limits(
+            upload_bytes=100, all_upload_bytes=250, visitors=3, readings=2, all_reading_bytes=100, idle_seconds=60.0
+        )
         return Visitors(tmp_path, limits, clock)
 
     def test_leaving_removes_everything(self, visitors):
@@ -231,10 +234,20 @@ class TestVisitors:
         for name in "ab":
             (visitors.arrive(name).folder / "film.mp4").write_bytes(bytes(90))
         with pytest.raises(Refused, match="no room"):
-            visitors.room_for_upload(visitors.arrive("c"))
-        assert visitors.room_for_upload(visitors.of("a")) == 100  # its own file is replaced
+            visitors.reserve_upload(visitors.arrive("c"))
+        assert visitors.reserve_upload(visitors.of("a")) == 100  # its own file is replaced
         visitors.leave("b")
-        assert visitors.room_for_upload(visitors.of("c")) == 100
+        with pytest.raises(Refused, match="no room"):
+            visitors.reserve_upload(visitors.of("c"))  # the other's may become as large
+        visitors.of("a").reserved = 0
+        assert visitors.reserve_upload(visitors.of("c")) == 100
+
+    def test_full(self, visitors):
+        for number in range(3):
+            visitors.arrive(str(number))
+        visitors.arrive("0")
+        with pytest.raises(Refused, match="Too many visitors"):
+            visitors.arrive("3")
 
 
 class TestJobs:
@@ -366,7 +379,7 @@ def server(tmp_path_factory):
     server = PageServer(tmp_path_factory.mktemp("page"), *arguments)
     yield server
     server.stop()
-    assert server.process.returncode == 0 and not list(server.temporary.iterdir()), "something is left"
+    assert server.process.returncode == 0 and list(server.temporary.iterdir()) == []
 
 
 @pytest.fixture
@@ -427,6 +440,11 @@ class TestServer:
                 count = len(other.functions[function]["inputs"])
                 assert other.join(function, [file] * count)[0] == 400
             assert "did not arrive" in other.call("on_upload")["status"]
+        body = json.dumps({"data": [file], "fn_index": 1, "session_hash": other.session})
+        escaped = body.replace("gradio.FileData", "gradio.File\\u0044ata")
+        for text in (body, escaped, escaped.encode("utf-16").decode("latin-1"), "no JSON"):
+            assert request(f"{server.url}/gradio_api/queue/join", text.encode(), "POST")[0] == 400
+            assert request(f"{server.url}/gradio_api/run/predict", text.encode(), "POST")[0] == 400
         for chosen in ({"index": str(path)}, {"index": -1}, {"index": 99}, [str(path)], None):
             assert "no such" in other.call("on_example", event_data=chosen)["status"], chosen
         # By its address, without the secret, and past the routes.
@@ -436,7 +454,12 @@ class TestServer:
             assert request(f"{server.url}/gradio_api/{place}")[0] == 404
             assert request(f"{server.url}/{place}")[0] == 404
         assert request(f"{server.url}/gradio_api/upload", b"x", "POST")[0] == 404
-        assert request(f"{server.url}/gradio_api/run/on_upload", b"{}", "POST")[0] == 404
+        direct = json.dumps({"data": [None] * 4, "fn_index": other.functions["on_upload"]["id"]}).encode()
+        for place in ("run/on_upload", "run/predict"):
+            status, _ = request(
+                f"{server.url}/gradio_api/{place}", direct, "POST", **{"Content-Type": "application/json"}
+            )
+            assert status == 404  # handlers that wait in the queue cannot be called past it
         assert request(f"{server.url}/gradio_api/call/on_upload", b"{}", "POST")[0] == 404
         for place in ("..%2f..%2fetc%2fpasswd", "../../etc/passwd", f"{client.key}/../{client.key}/video/x"):
             assert request(f"{server.url}/visitor/{place}")[0] == 404

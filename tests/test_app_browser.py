@@ -68,6 +68,7 @@ class Browser:
         """Load the page, as a new visitor."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get_log("browser")  # of the page before
         self.driver.get(f"{self.server.url}/?__theme={theme}")
         self.wait_for(lambda: self.all("#plan .fact"), "the plan of the first example")
 
