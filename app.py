@@ -336,17 +336,17 @@ def main() -> None:
         idle_seconds=60 * arguments.idle_minutes,
     )
     with tempfile.TemporaryDirectory(prefix="videonsa-page-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/gradio"  # read when parts of a page are made
         print(f"Loading {arguments.model} on {arguments.device}", flush=True)
         room = ModelRoom(arguments.model, arguments.device, arguments.dtype, arguments.chunk_tokens, limits.waiting)
         print(f"Drawing {arguments.examples} example videos", flush=True)
         drawn = draw_examples(Path(folder), arguments.examples)
         page = Page(room, Visitors(Path(folder) / "visitors", limits), [video for video, _ in drawn])
-        serve(page, Path(folder), arguments.host, arguments.port, arguments.share == "yes")
+        serve(page, arguments.host, arguments.port, arguments.share == "yes")
 
 
-def serve(page: Page, folder: Path, host: str | None, port: int | None, share: bool) -> None:
+def serve(page: Page, host: str | None, port: int | None, share: bool) -> None:
     """Show the page until the process is told to end."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     is_over = threading.Event()
 
     def sweep():

@@ -379,7 +379,8 @@ def server(tmp_path_factory):
     server = PageServer(tmp_path_factory.mktemp("page"), *arguments)
     yield server
     server.stop()
-    assert server.process.returncode == 0 and list(server.temporary.iterdir()) == []
+    assert server.process.returncode == 0 and not list(server.temporary.glob("videonsa-page-*"))
+    assert not [path for path in server.temporary.rglob("*") if path.is_file()]
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ class Browser:
         """Load the page, as a new visitor."""
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        self.driver.get("about:blank")
         self.driver.get_log("browser")  # of the page before
         self.driver.get(f"{self.server.url}/?__theme={theme}")
         self.wait_for(lambda: self.all("#plan .fact"), "the plan of the first example")
@@ -161,8 +162,11 @@ def test_an_example_answers_at_once(browser, tmp_path):
         browser.click("#chips .chip", number)
         answer = browser.wait_for_answers(number + 1)[-1]
         assert parse_answer(answer, question.choices) == question.answer, question
-    frames = browser.wait_for(lambda: browser.all("#evidence .frame"), "the frames")
-    assert len(frames) == 6
+        # The frame that stands out is of a second that the answer follows from.
+        best = browser.wait_for(lambda: browser.all("#evidence .frame.best"), "the frames")[0]
+        if number == 0:
+            assert question.kind == "needle" and float(best.get_attribute("data-second")) in question.seconds
+    assert len(browser.all("#evidence .frame")) == 6
     for selector, number in (("#evidence .frame", 4), ("#evidence .frame", 1), ("#evidence .mark", 20)):
         wanted = float(browser.all(selector)[number].get_attribute("data-second"))
         browser.click(selector, number)
