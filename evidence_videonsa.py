@@ -5,24 +5,26 @@
     answer.evidence.frames(5)        # the strongest, as pictures
     answer.evidence.storyboard()     # the same on one picture
 
-**First hop.** Text rows attend to every token before them. In layer l, with the mean over its heads, row t attends to a
-moment M (the tokens of one temporal step of a video), and to a row r of the question and the answer before it, with
+**First hop.** Text rows attend to every token before them. What row t takes from the tokens i of a moment M, which is
+one temporal step of a video, in layer l is measured by the attention, times the length of the values that it brings:
 
-    a[l, t, M] = mean over heads h of  sum over i in M of  softmax_i(q[l, t, h] . k[l, i] / sqrt(head_dim)),  i <= t
-    a[l, t, r] likewise, of one token.
+    c[l, t, M] = sum over heads h and i in M of  softmax_i(q[l, t, h] . k[l, i] / sqrt(head_dim)) * |v[l, i]|,  i <= t.
 
-What it looks at is partly in those rows: they have read the video in the layers before. So what a row gave to them is
-handed on to where they looked, on average over the earlier layers, and the share of a moment is
+It takes from rows r of question and answer, too, c[l, t, r], which have taken from the video in the layers before. What
+it takes from such a row is handed on to where that row has taken from until then:
 
-    share[t, M] = mean over layers l of  (a[l, t, M] + sum over r <= t of  a[l, t, r] * mean over k < l of  a[k, r, M]).
+    C[l, r, M] = sum over k < l of  c[k, r, M],  and as a share of all that r has taken,  H[l, r, M]
 
-The same goes for images and for the text before the question. What is handed on to rows of question and answer, and in
-layer 0 what goes to them at all, counts as text, so that the shares of all moments, of images and of text make 1. The
-row of an answer's token is the one that predicted it; the answer as a whole is the mean over its tokens, special ones
-(such as its end) aside. docs/evidence.md has measured this rule beside others.
+    share[t, M] ~ sum over layers l of  (c[l, t, M] + sum over r <= t of  c[l, t, r] * H[l, r, M]),
+
+scaled so that the shares of all moments, of images, for which the same is computed, and of text make 1. What is handed
+on to rows of question and answer, and in layer 0 what is taken from them at all, counts as text. The row of an answer's
+token is the one that predicted it; the answer as a whole is the mean over its tokens, special ones (such as its end)
+aside. Weights by the length of values are those of arXiv 2004.10102. docs/evidence.md has measured this rule beside
+others.
 
 Shares are computed anew from the queries of question and answer, which are kept while the model answers, and from the
-cached keys, a tile of both at a time.
+cached keys and values, a tile at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -417,22 +419,29 @@ def text_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, coun
     segments = segments.clone()
     segments[first:] = torch.arange(count, count + rows)
     total = before = None
-    for index, (module, query, layer) in enumerate(
-        zip(model.model.language_model.layers, queries, layers, strict=True)
-    ):
-        shares = head_shares(query, layer.keys, segments, count + rows, first, module.self_attn.scaling).mean(0).cpu()
-        direct, to_rows = shares.split([count, rows], dim=1)
+    for module, query, layer in zip(model.model.language_model.layers, queries, layers, strict=True):
+        scaling = module.self_attn.scaling
+        taken = head_sums(query, layer.keys, segments, count + rows, first, scaling, layer.values).sum(0).cpu()
+        direct, from_rows = taken.split([count, rows], dim=1)
         plain = direct.clone()
-        plain[:, -1] += to_rows.sum(1)
+        plain[:, -1] += from_rows.sum(1)
         if before is None:
             total, before = plain, plain.clone()
         else:
-            total += direct + to_rows @ (before / index)
+            total += direct + from_rows @ (before / before.sum(1, keepdim=True))
             before += plain
-    return total / len(queries)
+    return total / total.sum(1, keepdim=True)
 
 
-def head_shares(query: Tensor, keys: Tensor, segments: Tensor, count: int, first: int, scaling: float) -> Tensor:
+def head_sums(
+    query: Tensor,
+    keys: Tensor,
+    segments: Tensor,
+    count: int,
+    first: int,
+    scaling: float,
+    values: Tensor | None = None,
+) -> Tensor:
     """Sums over segments of the causal softmax attention of a layer's text rows: (num_heads, rows, count).
 
     Memory beside the result is that of a tile, however many rows and keys there are.
@@ -441,6 +450,7 @@ def head_shares(query: Tensor, keys: Tensor, segments: Tensor, count: int, first
         query: (1, num_heads, rows, head_dim), rotated, of the tokens at positions first, first + 1, ...
         keys: (1, num_kv_heads, length, head_dim); query head h reads key/value head h // group_size.
         segments: (length,), int64, less than `count`.
+        values: like keys. Each key counts by the length of its value; without them by 1, so that every row makes 1.
     Returns:
         float32, or more where the keys have more.
     """
@@ -448,15 +458,16 @@ def head_shares(query: Tensor, keys: Tensor, segments: Tensor, count: int, first
     dtype, device = precise(keys), keys.device
     query, segments = query.to(device).unflatten(1, (num_kv_heads, -1))[0], segments.to(device)
     group_size, rows = query.shape[1:3]
-    shares = torch.empty(num_kv_heads, group_size, rows, count, dtype=dtype, device=device)
+    result = torch.empty(num_kv_heads, group_size, rows, count, dtype=dtype, device=device)
     some = max(1, _TILE // (group_size * count))
-    for heads, key, out in zip(query, keys[0], shares, strict=True):
+    for head, (heads, key, out) in enumerate(zip(query, keys[0], result, strict=True)):
         for start in range(0, rows, some):
             part = heads[:, start : start + some]
             position = torch.arange(first + start, first + start + part.shape[1], device=device).repeat(group_size)
             columns = (part.to(dtype) * scaling).reshape(-1, head_dim).T  # [head_dim, group_size * rows]
             sums = torch.zeros(count, columns.shape[1], dtype=dtype, device=device)
-            highest = torch.full_like(sums[0], -torch.inf)
+            total = torch.zeros_like(sums[0])
+            highest = torch.full_like(total, -torch.inf)
             step = max(1, _TILE // columns.shape[1])
             for low in range(0, length, step):
                 tile = slice(low, min(low + step, length))
@@ -466,8 +477,12 @@ def head_shares(query: Tensor, keys: Tensor, segments: Tensor, count: int, first
                     scores.masked_fill_(at[:, None] > position, -torch.inf)
                 # The first tile holds token 0, which every row sees: from there on the maximum is finite.
                 higher = torch.maximum(highest, scores.amax(0))
-                sums.mul_((highest - higher).exp_()).index_add_(0, segments[tile], scores.sub_(higher).exp_())
+                weights, shrink = scores.sub_(higher).exp_(), (highest - higher).exp_()
+                total = total * shrink + weights.sum(0)
+                if values is not None:
+                    weights *= values[0, head, tile].to(dtype).norm(dim=-1, keepdim=True)
+                sums.mul_(shrink).index_add_(0, segments[tile], weights)
                 highest = higher
-            sums /= sums.sum(0)  # every key is in a segment
+            sums /= total
             out[:, start : start + some] = sums.view(count, group_size, -1).permute(1, 2, 0)
-    return shares.flatten(0, 1)
+    return result.flatten(0, 1)

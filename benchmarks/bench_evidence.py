@@ -39,7 +39,7 @@ from bench_cpu import cpu_model  # noqa: E402
 from evaluate_tiny import BATCH, load  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from evidence_videonsa import evidence_observer, head_shares, segments_of, text_shares  # noqa: E402
+from evidence_videonsa import evidence_observer, head_sums, segments_of, text_shares  # noqa: E402
 from generation_videonsa import CACHE_NAME  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from second_hop_videonsa import selected_blocks  # noqa: E402
@@ -48,7 +48,7 @@ from synthetic.scenes import KINDS, Card, Question, make_scene  # noqa: E402
 
 FPS = 2
 REMOVED = 0.1
-OURS, ROW, LAST = "handed on", "answer's row", "last layer"
+OURS, ROW, LAST = "by values, handed on", "answer's row", "last layer"
 RANDOM_DRAWS = 3
 
 
@@ -57,20 +57,21 @@ class Seen:
     """What a question's rows attended to.
 
     Attributes:
-        heads: (layers, heads, rows, moments + 2 + rows): each moment, images, text before, and each row.
-        by_norm: (layers, heads, rows, moments), where each key counts by the norm of its value.
+        heads: (layers, heads, rows, moments + 2 + rows), shares of attention: each moment, images, text before, and
+            each of the rows.
+        by_value: the same, where each key counts by the length of its value.
         shares: (rows, moments + 2), by the rule of `evidence_videonsa`.
         answer: the most likely token.
     """
 
     heads: np.ndarray
-    by_norm: np.ndarray
+    by_value: np.ndarray
     shares: np.ndarray
     answer: int
 
     @property
     def moments(self) -> int:
-        return self.by_norm.shape[-1]
+        return self.shares.shape[1] - 2
 
 
 @torch.no_grad()
@@ -83,24 +84,22 @@ def look(reading, question: str) -> Seen:
         layers, joined = reading.cache.layers, queries.joined()
         shares = text_shares(reading.model, joined, layers, segments, count, first)
         segments = segments.clone()
-        segments[first:] = torch.arange(count, count + len(segments) - first)
-        heads, by_norm = [], []
-        for query, layer in zip(joined, layers, strict=True):
-            scale = query.shape[-1] ** -0.5
-            heads.append(head_shares(query, layer.keys, segments, count + len(shares), first, scale))
-            by_norm.append(_by_norm(query, layer, segments, count, first, scale))
-    return Seen(torch.stack(heads).numpy(), torch.stack(by_norm).numpy(), shares.numpy(), int(logits.argmax()))
+        segments[first:] = torch.arange(count, count + len(shares))
+        sizes = segments, count + len(shares), first, joined[0].shape[-1] ** -0.5
+        pairs = [*zip(joined, layers, strict=True)]
+        heads = torch.stack([head_sums(query, layer.keys, *sizes) for query, layer in pairs])
+        by_value = torch.stack([head_sums(query, layer.keys, *sizes, layer.values) for query, layer in pairs])
+    return Seen(heads.numpy(), by_value.numpy(), shares.numpy(), int(logits.argmax()))
 
 
-def _by_norm(query, layer, segments, count, first, scale):
-    group = query.shape[1] // layer.keys.shape[1]
-    keys, values = (states[0].repeat_interleave(group, 0) for states in (layer.keys, layer.values))
-    scores = query[0] @ keys.mT * scale
-    position = first + torch.arange(query.shape[2])[:, None]
-    scores.masked_fill_(torch.arange(keys.shape[1]) > position, -torch.inf)
-    weights = scores.softmax(-1) * values.norm(dim=-1)[:, None]
-    sums = torch.zeros(*weights.shape[:2], int(segments.max()) + 1).index_add_(2, segments, weights)
-    return sums[..., : count - 2]
+def handed_on(seen: Seen) -> np.ndarray:
+    """The rule without values: every head and layer counts as much as another."""
+    layers, count = seen.heads.mean(1), seen.shares.shape[1]
+    total = layers[0, -1, : seen.moments].copy()
+    for layer in range(1, len(layers)):
+        total += layers[layer, -1, : seen.moments]
+        total += layers[layer, -1, count:] @ layers[:layer, :, : seen.moments].mean(0)
+    return total
 
 
 def rollout(seen: Seen) -> np.ndarray:
@@ -122,7 +121,8 @@ RULES: dict[str, Callable[[Seen], np.ndarray]] = {
     "highest layer": lambda seen: seen.heads[:, :, -1, : seen.moments].mean(1).max(0),
     "middle layers": lambda seen: seen.heads[1:-1, :, -1, : seen.moments].mean((0, 1)),
     LAST: lambda seen: seen.heads[-1, :, -1, : seen.moments].mean(0),
-    "value norms": lambda seen: seen.by_norm[:, :, -1].mean((0, 1)),
+    "by values": lambda seen: seen.by_value[:, :, -1, : seen.moments].mean((0, 1)),
+    "handed on": handed_on,
     "rollout": rollout,
 }
 
@@ -149,7 +149,7 @@ class Tally:
         reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return {
             "share": round(share, 4),
-            "low": round(middle - reach, 4),
+            "low": round(max(0.0, middle - reach), 4),
             "high": round(middle + reach, 4),
             "tries": int(n),
             "chance": round(self.expected / n, 4),
@@ -310,9 +310,10 @@ def cost(model, processor, repeats: int = 3) -> dict:
     for length in (8192, 65536):
         generator = torch.Generator().manual_seed(0)
         query = torch.randn(1, 28, 64, 128, generator=generator, dtype=torch.bfloat16)
-        keys = torch.randn(1, 4, length, 128, generator=generator, dtype=torch.bfloat16)
+        keys, values = torch.randn(2, 1, 4, length, 128, generator=generator, dtype=torch.bfloat16)
         segments = torch.arange(length) // 64
-        run = lambda q=query, k=keys, s=segments: head_shares(q, k, s, int(s[-1]) + 1, len(s) - 64, 128**-0.5)  # noqa: E731
+        sizes = segments, int(segments[-1]) + 1, length - 64, 128**-0.5
+        run = lambda q=query, k=keys, v=values, s=sizes: head_sums(q, k, *s, v)  # noqa: E731
         found["layer_of_7b"].append({"tokens": length, "rows": 64, "cpu_seconds": _least(run, repeats)})
     return found
 

@@ -5,7 +5,8 @@
 
 Without a video, the model is asked one question of each kind about `demo/scene.mp4` and about a video drawn on the spot
 (`synthetic/scenes.py` says what they show), and its answers are printed beside the right ones. Without `--model`, it is
-the small checkpoint that comes with this repository, which knows drawn videos only.
+the small checkpoint that comes with this repository, which knows drawn videos only. Where the model looked for one of
+its answers is drawn into `demo/output/storyboard.png`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from draw_scene import draw
@@ -26,6 +28,9 @@ sys.path.insert(0, str(ROOT))
 from nsa_kernels.attention_budget import attention_budget  # noqa: E402
 from synthetic.scenes import parse_answer  # noqa: E402
 
+STORYBOARD = ROOT / "demo" / "output" / "storyboard.png"
+# Of the questions about demo/scene.mp4, one whose answer lies in several places.
+DRAWN_KIND = "count"
 BRANCHES = ("compression", "selection", "sliding window")
 
 
@@ -74,12 +79,15 @@ class Reader:
             return None
         return self.model.read(self.processor, str(video), **self.sampling)
 
-    def ask(self, reading, video: Path, question: str, streamer=None) -> tuple[str, torch.Tensor]:
-        """The answer, and the token types of its prompt."""
+    def ask(
+        self, reading, video: Path, question: str, streamer=None, evidence: bool = False
+    ) -> tuple[str, torch.Tensor, Any]:
+        """The answer, the token types of its prompt, and where the model looked, if that is wanted and there is one."""
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "streamer": streamer}
         if reading is not None:
-            answer = reading.ask(question, **options)
-            return answer.text, torch.nn.functional.pad(reading.types, (0, answer.prompt_tokens))
+            answer = reading.ask(question, evidence=evidence, **options)
+            types = torch.nn.functional.pad(reading.types, (0, answer.prompt_tokens))
+            return answer.text, types, answer.evidence
         content = [{"type": "video", "video": str(video)}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -92,7 +100,7 @@ class Reader:
         with torch.inference_mode():
             output = self.model.generate(**inputs, **options)
         text = self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return text, inputs["mm_token_type_ids"][0].cpu()
+        return text, inputs["mm_token_type_ids"][0].cpu(), None
 
 
 class GateMonitor:
@@ -118,13 +126,14 @@ class CountingStreamer(TextStreamer):
     """Prints the answer as it comes, and counts its tokens."""
 
     num_tokens = -1  # the first call brings the prompt
-    first = 0.0
+    first = last = 0.0
 
     def put(self, value):
         super().put(value)
         self.num_tokens += 1
+        self.last = time.perf_counter()
         if self.num_tokens == 1:
-            self.first = time.perf_counter()
+            self.first = self.last
 
 
 def ask(reader: Reader, video: Path, question: str) -> None:
@@ -136,29 +145,42 @@ def ask(reader: Reader, video: Path, question: str) -> None:
     reading = reader.read(video)
     streamer = CountingStreamer(reader.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     print("Answer    ", end="", flush=True)
-    _, types = reader.ask(reading, video, question, streamer)
-    rate = (streamer.num_tokens - 1) / (time.perf_counter() - streamer.first)
+    _, types, evidence = reader.ask(reading, video, question, streamer, evidence=True)
+    rate = (streamer.num_tokens - 1) / max(streamer.last - streamer.first, 1e-9)
     num_vision, num_text = count_tokens(types)
     print(f"\nTokens    {num_vision} video + {num_text} text, {streamer.num_tokens} generated")
     print(f"Seconds   {streamer.first - start:.1f} to read video and question, then {rate:.1f} tokens a second")
     if monitor.count:
         print(f"Gates     {monitor}")
     print_attention_budget(reader.model.config, types)
+    if evidence is not None:
+        draw_storyboard(evidence)
 
 
-def ask_all(reader: Reader, title: str, video: Path, questions: list[dict]) -> None:
-    """Questions with known answers: a line each. The video is read once."""
+def draw_storyboard(evidence) -> None:
+    """Where the model looked for an answer, as a picture."""
+    STORYBOARD.parent.mkdir(parents=True, exist_ok=True)
+    evidence.storyboard(5).save(STORYBOARD)
+    print(f"Evidence  {STORYBOARD} shows where the model looked for {evidence.answer.strip()!r}")
+
+
+def ask_all(reader: Reader, title: str, video: Path, questions: list[dict], drawn: str | None = None):
+    """Questions with known answers: a line each. The video is read once. Returns where the model looked for one of the
+    kind `drawn`, if there is one."""
     print(f"\n{title}")
     width = max(len(asked["question"]) for asked in questions)
-    right, reading = 0, reader.read(video)
+    right, reading, looked = 0, reader.read(video), None
     for asked in questions:
-        answer, types = reader.ask(reading, video, asked["question"])
+        is_drawn = asked["kind"] == drawn
+        answer, types, evidence = reader.ask(reading, video, asked["question"], evidence=is_drawn)
+        looked = evidence if is_drawn else looked
         answer = " ".join(answer.split())
         is_right = parse_answer(answer, asked["choices"]) == asked["answer"]
         right += is_right
         verdict = "right" if is_right else f"wrong, it is {asked['answer']}"
         print(f"  {asked['kind']:<10}  {asked['question']:<{width}}  {answer:<7} {verdict}", flush=True)
     print(f"  {right} of {len(questions)} right; {' + '.join(map(str, count_tokens(types)))} video and text tokens")
+    return looked
 
 
 def count_tokens(types: torch.Tensor) -> tuple[int, int]:
@@ -191,12 +213,15 @@ def main() -> None:
         ask(reader, arguments.video, arguments.question)
         return
     questions = json.loads((ROOT / "demo" / "scene.json").read_text())
-    ask_all(reader, "demo/scene.mp4", ROOT / "demo" / "scene.mp4", questions)
+    looked = ask_all(reader, "demo/scene.mp4", ROOT / "demo" / "scene.mp4", questions, DRAWN_KIND)
     seed = secrets.randbelow(1_000_000) if arguments.seed is None else arguments.seed
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "scene.mp4"
         questions = draw(video, seed)
         ask_all(reader, f"A video drawn just now (`--seed {seed}` draws it again)", video, questions)
+    if looked is not None:
+        print()
+        draw_storyboard(looked)
 
 
 if __name__ == "__main__":

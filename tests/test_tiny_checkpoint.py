@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor
 
@@ -94,6 +95,11 @@ def test_demo():
         (line,) = [line for line in result.stdout.split("A video drawn")[0].splitlines() if asked["question"] in line]
         given, verdict = line.partition(asked["question"])[2].split(maxsplit=1)
         assert verdict == ("right" if given == asked["answer"] else f"wrong, it is {asked['answer']}")
+    (path,) = re.findall(
+        r"^Evidence  (.+\.png) shows where the model looked for 'yellow'$", result.stdout, re.MULTILINE
+    )
+    with Image.open(path) as storyboard:
+        assert storyboard.width > 5 * 168
     again = run_demo("--seed", "7")
     assert again.stdout == result.stdout
 
@@ -102,6 +108,7 @@ def test_demo_with_a_video_and_a_question():
     result = run_demo("--video", str(ROOT / "demo" / "scene.mp4"), "--question", "How many stars are there?")
     assert result.returncode == 0, result.stderr
     assert "Answer    " in result.stdout and "128 video + " in result.stdout and "Gates     " in result.stdout
+    assert "Evidence  " in result.stdout
 
 
 @pytest.mark.parametrize(
