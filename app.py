@@ -355,7 +355,8 @@ def serve(page: Page, host: str | None, port: int | None, share: bool) -> None:
 
     threading.Thread(target=sweep, name="page-sweep", daemon=True).start()
     try:
-        page.blocks.queue(max_size=64, default_concurrency_limit=8, api_open=False).launch(
+        page.blocks.queue(max_size=64, default_concurrency_limit=8, api_open=False)
+        _, address, public_address = page.blocks.launch(
             server_name=host,
             server_port=port,
             share=share,
@@ -366,7 +367,12 @@ def serve(page: Page, host: str | None, port: int | None, share: bool) -> None:
             css=f".gradio-container, body {{ --font: {FONT} !important; }}\n{_file('page.css')}",
             head=f"<script>{_file('page.js')}</script>",
             app_kwargs={"routes": routes(page.visitors), "middleware": [Middleware(NoFilesByGradio)]},
+            quiet=True,
+            prevent_thread_lock=True,
+            _frontend=False,  # else it gives up where the page does not answer within 3 seconds, on a busy machine
         )
+        print(f"The page is at {public_address or address}", flush=True)
+        page.blocks.block_thread()
     finally:
         is_over.set()
         page.visitors.leave_all()

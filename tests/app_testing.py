@@ -45,7 +45,7 @@ class PageServer:
                 cwd=folder,
             )
         end = time.monotonic() + SECONDS_TO_START
-        while "Running on local URL" not in self.log.read_text():
+        while "The page is at" not in self.log.read_text():
             if self.process.poll() is not None or time.monotonic() > end:
                 self.stop()
                 raise RuntimeError(f"the page does not start:\n{self.log.read_text()}")
