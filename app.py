@@ -93,6 +93,7 @@ class Page:
                     height=280,
                     buttons=[],
                     feedback_options=None,
+                    group_consecutive_messages=False,
                     placeholder="Ask anything about the video.",
                 )
                 self.chips = gr.HTML(js_on_load=_file("chips.js"), elem_id="chips", **plain)

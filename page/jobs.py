@@ -12,6 +12,7 @@ What goes wrong is a `Refused` with a text to be shown; no path of the server an
 """
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -129,7 +130,7 @@ class Jobs:
         chosen = [kept for kept in visitor.readings if kept.label in (labels or ())] or list(visitor.readings)
         messages.append({"role": "user", "content": question})
         for kept in chosen:
-            heading = f"**{kept.label}**\n\n" if len(chosen) > 1 else ""
+            heading = f"**{kept.label}:** " if len(chosen) > 1 else ""
             message = {"role": "assistant", "content": heading}
             messages.append(message)
             yield {"messages": [*messages], "status": ""}
@@ -146,7 +147,8 @@ class Jobs:
             kept.answer, kept.answer_seconds = answer.text.strip(), answer.seconds
             yield {"messages": [*messages], "readings": visitor.readings}
             if kept is chosen[0]:
-                yield {"evidence": views.evidence(answer.evidence, kept.reading.seconds)}
+                whose = kept.label if len(chosen) > 1 else ""
+                yield {"evidence": views.evidence(answer.evidence, kept.reading.seconds, whose)}
 
     def _one_at_a_time(self, visitor: Visitor, job: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
         video = visitor.video
@@ -190,7 +192,7 @@ def for_visitors(error: Exception, video: Video | None) -> str:
         text = text.replace(f"file:{video.path}", video.name).replace(str(video.path), video.name)
         if str(video.path.parent) in text:
             text = ""
-    return f"{text[:1].upper()}{text[1:]}" if text else WENT_WRONG
+    return re.sub(r"\[Errno -?\d+\] ", "", text) or WENT_WRONG
 
 
 def _cache_bytes(reading: Any) -> int:

@@ -83,7 +83,7 @@ def player(video: Video | None, key: str, version: int) -> str:
     # The version makes the browser take another video for another one.
     return f"""<div class="stage"><video controls muted playsinline preload="auto"
 src="visitor/{escape(key)}/video?{version}" aria-label="{escape(video.name)}"></video>
-<p class="stage-note" hidden>Your browser cannot play this kind of file. It can be read all the same.</p>
+<p class="stage-note" hidden>Your browser cannot play this file.</p>
 <p class="stage-name">{escape(video.name)}</p></div>"""
 
 
@@ -148,13 +148,15 @@ def chips(questions: Sequence[str]) -> str:
     return f'<div class="chips" role="group" aria-label="Suggested questions">{buttons}</div>'
 
 
-def evidence(found: Any, total: float) -> str:
+def evidence(found: Any, total: float, whose: str = "") -> str:
     """Where an answer comes from: a timeline of the video, and the frames that counted most.
 
     Args:
         found: `Evidence` of the answer.
         total: seconds of the video.
+        whose: which of several answers it is.
     """
+    of_which = f" ({escape(whose)})" if whose else ""
     frames = found.frames(FRAMES)
     best = max(frames, key=lambda frame: frame.share)
     cards = "".join(
@@ -164,7 +166,7 @@ def evidence(found: Any, total: float) -> str:
         for frame in frames
     )
     return f"""<section class="evidence" aria-label="Where the answer comes from">
-<h3>Where the answer comes from</h3><div class="frames">{cards}</div>
+<h3>Where the answer comes from{of_which}</h3><div class="frames">{cards}</div>
 <div class="timeline"><div class="track">{_bars(found.moments, total)}<i class="needle"></i></div>
 <span>0:00</span><span>{clock(total)}</span></div>
 <p class="hint">Click on a frame or a bar, and the video goes there. The numbers are shares of the attention that

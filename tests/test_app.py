@@ -274,9 +274,9 @@ class TestJobs:
         for settings in (room.default, dense):
             list(jobs.read(visitor, settings))
         updates = list(jobs.ask(visitor, room.default, "How many stars are there?", [], 16))
-        assert [message["content"].split("\n")[0] for message in visitor.messages[1:]] == [
-            "**Sparse, 2 blocks**",
-            "**Dense**",
+        assert [message["content"].rpartition(" ")[0] for message in visitor.messages[1:]] == [
+            "**Sparse, 2 blocks:**",
+            "**Dense:**",
         ]
         table = views.comparison(next(update["readings"] for update in updates[::-1] if "readings" in update))
         assert "100%" in table and "43%" in table

@@ -188,8 +188,8 @@ def test_upload_read_ask_and_switch_to_dense(browser, films):
     browser.read()
     browser.type(questions[1].text)
     sparse, dense = browser.wait_for_answers(3)[1:]
-    assert sparse.startswith("Sparse, 2 blocks") and dense.startswith("Dense")
-    assert parse_answer(sparse.splitlines()[-1], questions[1].choices) == questions[1].answer
+    assert sparse.startswith("Sparse, 2 blocks:") and dense.startswith("Dense:")
+    assert parse_answer(sparse.partition(":")[2], questions[1].choices) == questions[1].answer
     rows = [one.text for one in browser.all("#compare tbody tr")]
     assert len(rows) == 2 and "43%" in rows[0] and "100%" in rows[1] and browser.overflow <= 0
     browser.check_console()
