@@ -5,10 +5,13 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test test-oldest test-upstream check aot clean
+.PHONY: app demo test test-oldest test-upstream check aot clean
 
 demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
+
+app: .venv/installed  ## a web page to ask videos, with the small checkpoint and drawn videos
+	$(BIN)/python app.py $(ARGS)
 
 test: .venv/installed check  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
