@@ -91,13 +91,14 @@ def test_demo():
     shares = re.findall(r"(\d+) of (\d+) right", result.stdout)
     assert [int(count) for _, count in shares] == [len(KINDS)] * 2
     assert sum(int(right) for right, _ in shares) >= least_right(2 * len(KINDS), 1e-4)
+    answers = {}
     for asked in json.loads((ROOT / "demo" / "scene.json").read_text()):
         (line,) = [line for line in result.stdout.split("A video drawn")[0].splitlines() if asked["question"] in line]
         given, verdict = line.partition(asked["question"])[2].split(maxsplit=1)
         assert verdict == ("right" if given == asked["answer"] else f"wrong, it is {asked['answer']}")
-    (path,) = re.findall(
-        r"^Evidence  (.+\.png) shows where the model looked for 'yellow'$", result.stdout, re.MULTILINE
-    )
+        answers[asked["kind"]] = given
+    looked = rf"^Evidence  (.+\.png) shows where the model looked for '{answers['count']}'$"
+    (path,) = re.findall(looked, result.stdout, re.MULTILINE)
     with Image.open(path) as storyboard:
         assert storyboard.width > 5 * 168
     again = run_demo("--seed", "7")
