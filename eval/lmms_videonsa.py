@@ -62,6 +62,7 @@ class VideoNSA(lmms):
             read one at a time; default: everything.
         decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
         allow_text_only: accept prompts without image or video.
+        row, preset: notes of which row and column of the paper's main table this is, for the report.
     Raises:
         ValueError: an unknown argument, a wrong value, arguments that contradict each other, or a checkpoint that lacks
             weights (gates may be missing with `nsa_mode="dense"`, which does not use them).
@@ -96,6 +97,8 @@ class VideoNSA(lmms):
         kv_method: str | None = None,
         decode_workers: int = 2,
         allow_text_only: bool = False,
+        row: str | None = None,
+        preset: str | None = None,
         **unknown: Any,
     ):
         super().__init__()
