@@ -1,0 +1,92 @@
+"""The methods that arXiv 2510.02295 compares with, for Qwen2.5-VL and for VideoNSA in dense mode.
+
+    import baselines
+    baselines.configure(model, "xattention", threshold=0.9)
+    model.generate(...)
+    print(baselines.pairs(model).fraction)
+
+Importing this package registers every sparse prefill method as an attention implementation of transformers, so that
+`from_pretrained(..., attn_implementation="xattention")` works too, with the method's defaults.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attention import register
+from .flexprefill import FlexPrefill
+from .method import SparsePrefill, build
+from .minference import MInference
+from .tri_shape import TriShape
+from .xattention import XAttention
+
+SPARSE_PREFILL = {method.name: method for method in (TriShape, MInference, FlexPrefill, XAttention)}
+for _method in SPARSE_PREFILL.values():
+    register(_method)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of query and key, of all layers, heads and samples, decoding steps of single tokens left out.
+
+    Attributes:
+        taken: by the method.
+        dense: by dense causal attention over the same tokens.
+    """
+
+    taken: int
+    dense: int
+
+    @property
+    def fraction(self) -> float:
+        return self.taken / max(1, self.dense)
+
+
+def configure(model: nn.Module, method: str | None, **options) -> None:
+    """Let a model's prompts be read with a method; `None` gives it its dense attention (sdpa) back.
+
+    Args:
+        model: of Qwen2.5-VL, or of VideoNSA with `nsa_mode="dense"`.
+        method: a name in `SPARSE_PREFILL`.
+        options: fields of the method's class.
+    Raises:
+        ValueError: an unknown method or option, an option out of its range, or a model in sparse mode.
+    """
+    if method is None:
+        if options:
+            raise ValueError(f"`{next(iter(options))}` is an option of no method")
+        built = None
+    elif method not in SPARSE_PREFILL:
+        raise ValueError(f"`method` must be one of {', '.join(SPARSE_PREFILL)}, got {method!r}")
+    else:
+        built = build(SPARSE_PREFILL[method], options)
+        if getattr(model.config.get_text_config(), "nsa_mode", "dense") != "dense":
+            raise ValueError(f"`method` = {method!r} runs in the place of dense attention: set `nsa_mode` = 'dense'")
+    name = "sdpa" if method is None else method
+    has_parts = getattr(model.config, "text_config", None) is not None
+    model.set_attn_implementation({"text_config": name} if has_parts else name)
+    for attention in _attentions(model):
+        attention.sparse_prefill = built
+    reset_pairs(model)
+
+
+def pairs(model: nn.Module) -> Pairs:
+    """What the model's prompts took since `configure` or `reset_pairs`."""
+    counts = [vars(attention).get("sparse_pairs", (0, 0)) for attention in _attentions(model)]
+    return Pairs(*map(sum, zip(*counts, strict=True)))
+
+
+def reset_pairs(model: nn.Module) -> None:
+    for attention in _attentions(model):
+        attention.sparse_pairs = (0, 0)
+
+
+def _attentions(model: nn.Module) -> Iterator[nn.Module]:
+    """The decoder layers' attention."""
+    for module in model.modules():
+        if getattr(module, "is_causal", False) and hasattr(module, "layer_idx"):
+            yield module
+
+
+__all__ = ["SPARSE_PREFILL", "Pairs", "SparsePrefill", "build", "configure", "pairs", "register", "reset_pairs"]

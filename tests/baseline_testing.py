@@ -1,0 +1,66 @@
+"""What the tests of the baselines share: tiny models, attention over a dense mask, and random vectors."""
+
+import torch
+from conftest import build_model
+from tiny_random import tiny_config, tiny_tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+FLOAT64 = {"atol": 1e-11, "rtol": 1e-11}
+"""Sums of at most a thousand terms of size one, a few after another: 1000 * 2**-52, times their number."""
+
+
+def build_qwen(seed=0, dtype=torch.float64, **text):
+    """A random tiny Qwen2.5-VL of transformers, whose weights are wide enough for every attention error to show."""
+    config = tiny_config(tiny_tokenizer(), **text)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = None
+    return model.to(dtype).eval()
+
+
+def build_ours(**options):
+    return build_model(nsa_mode="dense", **options)
+
+
+def vectors(num_heads=4, num_kv_heads=2, num_queries=50, length=50, head_dim=8, seed=0, dtype=torch.float64):
+    """Queries, keys and values of one sample, large enough for attention to differ much from the mean."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (num_heads, num_queries), (num_kv_heads, length), (num_kv_heads, length)
+    return [2 * torch.randn(*shape, head_dim, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def mask_of(pattern) -> torch.Tensor:
+    """(num_heads, num_queries, length), by the definition in `Pattern`, pair by pair."""
+    mask = torch.zeros(pattern.num_heads, pattern.length - pattern.start, pattern.length, dtype=torch.bool)
+    size = pattern.block_size
+    for head in range(pattern.num_heads):
+        for row in range(mask.shape[1]):
+            query = pattern.start + row
+            for key in range(query + 1):
+                lists = [key == query]
+                if pattern.blocks is not None:
+                    lists.append(pattern.blocks[head, query // size - pattern.start // size, key // size])
+                if pattern.rows is not None:
+                    lists.append(pattern.rows[head, row])
+                if pattern.columns is not None:
+                    lists.append(pattern.columns[head, key])
+                if pattern.diagonals is not None:
+                    lists.append(pattern.diagonals[head, query - key])
+                if pattern.slashes is not None:
+                    first = max(pattern.start, query // size * size)
+                    block = range(first, min(pattern.length, (query // size + 1) * size))
+                    lists.extend(pattern.slashes[head, other - key] for other in block if other >= key)
+                mask[head, row, key] = any(map(bool, lists))
+    return mask
+
+
+def masked_attention(query, key, value, mask, softmax_scale) -> torch.Tensor:
+    """Softmax over all keys where the mask is true, as one matrix; of a query with none, zero."""
+    group_size = query.shape[0] // key.shape[0]
+    key, value = key.repeat_interleave(group_size, 0), value.repeat_interleave(group_size, 0)
+    scores = (query @ key.transpose(1, 2) * softmax_scale).masked_fill(~mask, -torch.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ value
