@@ -1,8 +1,7 @@
 """Which pairs of query and key each head takes: what a method says, and all that an executor needs to know."""
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -49,6 +48,7 @@ class Pattern:
         diagonals: (num_heads, length), bool, by q - k; or None.
         slashes: the same, of which a block of queries takes what any of them meets, as kernels compute diagonals: by
             blocks. A diagonal that is alone among others would cost a block product for one pair in block_size.
+        slash_counts: (num_heads, length + 1): how many slashes are listed below each number; or None.
     Raises:
         ValueError: a shape or type is another one, or there are no queries.
     """
@@ -62,6 +62,7 @@ class Pattern:
     columns: Tensor | None = None
     diagonals: Tensor | None = None
     slashes: Tensor | None = None
+    slash_counts: Tensor | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self):
         if not 0 <= self.start < self.length:
@@ -83,6 +84,9 @@ class Pattern:
                 raise ValueError(
                     f"`{name}` must be bool of shape {(self.num_heads, *shape)}, got {given.dtype} {tuple(given.shape)}"
                 )
+
+        if self.slashes is not None:
+            object.__setattr__(self, "slash_counts", torch.nn.functional.pad(self.slashes.cumsum(-1), (1, 0)))
 
     @property
     def num_key_blocks(self) -> int:
@@ -125,13 +129,8 @@ class Pattern:
             taken = taken | (met > 0)
         return taken & (key <= query)
 
-    @functools.cached_property
-    def slash_counts(self) -> Tensor:
-        """(num_heads, length + 1): how many slashes are listed below each number."""
-        return torch.nn.functional.pad(self.slashes.cumsum(-1), (1, 0))
-
     def to(self, device: torch.device | str) -> "Pattern":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values = {own.name: getattr(self, own.name) for own in fields(self) if own.init}
         return Pattern(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()})
 
     def tiles(self, head: int) -> Iterator[Tile]:

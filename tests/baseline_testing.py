@@ -35,27 +35,26 @@ def vectors(num_heads=4, num_kv_heads=2, num_queries=50, length=50, head_dim=8, 
 
 def mask_of(pattern) -> torch.Tensor:
     """(num_heads, num_queries, length), by the definition in `Pattern`, pair by pair."""
-    mask = torch.zeros(pattern.num_heads, pattern.length - pattern.start, pattern.length, dtype=torch.bool)
-    size = pattern.block_size
+    size, start, length = pattern.block_size, pattern.start, pattern.length
+    names = ("blocks", "rows", "columns", "diagonals", "slashes")
+    heads = []
     for head in range(pattern.num_heads):
-        for row in range(mask.shape[1]):
-            query = pattern.start + row
-            for key in range(query + 1):
-                lists = [key == query]
-                if pattern.blocks is not None:
-                    lists.append(pattern.blocks[head, query // size - pattern.start // size, key // size])
-                if pattern.rows is not None:
-                    lists.append(pattern.rows[head, row])
-                if pattern.columns is not None:
-                    lists.append(pattern.columns[head, key])
-                if pattern.diagonals is not None:
-                    lists.append(pattern.diagonals[head, query - key])
-                if pattern.slashes is not None:
-                    first = max(pattern.start, query // size * size)
-                    block = range(first, min(pattern.length, (query // size + 1) * size))
-                    lists.extend(pattern.slashes[head, other - key] for other in block if other >= key)
-                mask[head, row, key] = any(map(bool, lists))
-    return mask
+        lists = [getattr(pattern, name) for name in names]
+        blocks, rows, columns, diagonals, slashes = (None if x is None else x[head].tolist() for x in lists)
+
+        def takes(query, key, blocks=blocks, rows=rows, columns=columns, diagonals=diagonals, slashes=slashes):
+            if key >= query:
+                return key == query
+            if blocks and blocks[query // size - start // size][key // size]:
+                return True
+            if (rows and rows[query - start]) or (columns and columns[key]) or (diagonals and diagonals[query - key]):
+                return True
+            first = max(start, query // size * size)
+            block = range(first, min(length, (query // size + 1) * size))
+            return bool(slashes) and any(slashes[other - key] for other in block if other >= key)
+
+        heads.append([[takes(query, key) for key in range(length)] for query in range(start, length)])
+    return torch.tensor(heads)
 
 
 def masked_attention(query, key, value, mask, softmax_scale) -> torch.Tensor:
