@@ -9,6 +9,7 @@ Importing this package registers every sparse prefill method as an attention imp
 `from_pretrained(..., attn_implementation="xattention")` works too, with the method's defaults.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,16 +54,9 @@ def configure(model: nn.Module, method: str | None, **options) -> None:
     Raises:
         ValueError: an unknown method or option, an option out of its range, or a model in sparse mode.
     """
-    if method is None:
-        if options:
-            raise ValueError(f"`{next(iter(options))}` is an option of no method")
-        built = None
-    elif method not in SPARSE_PREFILL:
-        raise ValueError(f"`method` must be one of {', '.join(SPARSE_PREFILL)}, got {method!r}")
-    else:
-        built = build(SPARSE_PREFILL[method], options)
-        if getattr(model.config.get_text_config(), "nsa_mode", "dense") != "dense":
-            raise ValueError(f"`method` = {method!r} runs in the place of dense attention: set `nsa_mode` = 'dense'")
+    built = check(method, **options)
+    if built is not None and getattr(model.config.get_text_config(), "nsa_mode", "dense") != "dense":
+        raise ValueError(f"`method` = {method!r} runs in the place of dense attention: set `nsa_mode` = 'dense'")
     name = "sdpa" if method is None else method
     has_parts = getattr(model.config, "text_config", None) is not None
     model.set_attn_implementation({"text_config": name} if has_parts else name)
@@ -71,15 +65,37 @@ def configure(model: nn.Module, method: str | None, **options) -> None:
     reset_pairs(model)
 
 
+def check(method: str | None, **options) -> SparsePrefill | None:
+    """The method with its options, without a model.
+
+    Raises:
+        ValueError: an unknown method or option, or an option out of its range.
+    """
+    if method is None:
+        if options:
+            raise ValueError(f"`{next(iter(options))}` is an option of no method")
+        return None
+    if method not in SPARSE_PREFILL:
+        raise ValueError(f"`method` must be one of {', '.join(SPARSE_PREFILL)}, got {method!r}")
+    return build(SPARSE_PREFILL[method], options)
+
+
 def pairs(model: nn.Module) -> Pairs:
     """What the model's prompts took since `configure` or `reset_pairs`."""
-    counts = [vars(attention).get("sparse_pairs", (0, 0)) for attention in _attentions(model)]
-    return Pairs(*map(sum, zip(*counts, strict=True)))
+    samples = pairs_by_sample(model)
+    return Pairs(sum(sample.taken for sample in samples), sum(sample.dense for sample in samples))
+
+
+def pairs_by_sample(model: nn.Module) -> list[Pairs]:
+    """The same for each row of the batches."""
+    counts = [vars(attention).get("sparse_pairs", ()) for attention in _attentions(model)]
+    rows = itertools.zip_longest(*counts, fillvalue=(0, 0))
+    return [Pairs(sum(taken for taken, _ in row), sum(dense for _, dense in row)) for row in rows]
 
 
 def reset_pairs(model: nn.Module) -> None:
     for attention in _attentions(model):
-        attention.sparse_pairs = (0, 0)
+        attention.sparse_pairs = []
 
 
 def _attentions(model: nn.Module) -> Iterator[nn.Module]:
@@ -89,4 +105,13 @@ def _attentions(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-__all__ = ["SPARSE_PREFILL", "Pairs", "SparsePrefill", "build", "configure", "pairs", "register", "reset_pairs"]
+__all__ = [
+    "SPARSE_PREFILL",
+    "Pairs",
+    "SparsePrefill",
+    "check",
+    "configure",
+    "pairs",
+    "pairs_by_sample",
+    "reset_pairs",
+]

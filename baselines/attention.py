@@ -7,6 +7,7 @@ Each sample is computed by itself and without its padding, so that its pairs are
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -71,7 +72,7 @@ def forward(
     """An attention function of transformers.
 
     Fewer queries than a block of the method has, such as decoding steps, are dense, and so is the vision tower. What
-    was taken is added to `module.sparse_pairs`, but for calls of one query.
+    was taken is added to `module.sparse_pairs`, sample by sample, but for calls of one query.
 
     Args:
         module: its `sparse_prefill` is the method with its options; without, the defaults.
@@ -105,7 +106,7 @@ def forward(
         output = _dense(query, key, value, attention_mask, scale)
     else:
         output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=value.dtype, device=value.device)
-    pairs = dense_pairs = 0
+    counts = []
     for sample in range(len(query)):
         keys, rows = slice(None), slice(None)
         if attention_mask is not None and not attention_mask[sample].all():
@@ -114,16 +115,16 @@ def forward(
         own = query[sample][:, rows], key[sample][:, keys], value[sample][:, keys]
         length, start = own[1].shape[1], own[1].shape[1] - own[0].shape[1]
         dense = query.shape[1] * (length * (length + 1) - start * (start + 1)) // 2
-        dense_pairs += dense
-        if num_queries < method.block_size:
-            pairs += dense
-        elif own[0].shape[1]:
+        taken = dense
+        if num_queries >= method.block_size and own[0].shape[1]:
             pattern = method.select(own[0], own[1], scale, module.layer_idx)
             output[sample, :, rows], taken = attend(*own, pattern, scale)
-            pairs += taken
+        counts.append((taken, dense))
     if num_queries > 1:
-        before = vars(module).get("sparse_pairs", (0, 0))
-        module.sparse_pairs = before[0] + pairs, before[1] + dense_pairs
+        before = vars(module).get("sparse_pairs", ())
+        module.sparse_pairs = [
+            (old[0] + new[0], old[1] + new[1]) for old, new in itertools.zip_longest(before, counts, fillvalue=(0, 0))
+        ]
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -5,10 +5,13 @@ import math
 
 import pytest
 import torch
-from baseline_testing import mask_of, vectors
+from baseline_testing import build_qwen, mask_of, masked_attention, vectors
+from conftest import Prompts
+from transformers import AttentionInterface
 
 import baselines
 from baselines.scores import by_diagonal, largest, smallest_mass
+from baselines.search import search
 
 SHAPES = [(50, 50), (32, 32), (29, 50), (26, 50), (5, 5)]  # queries, keys
 SCALE = 0.4
@@ -100,7 +103,7 @@ class Sample:
 
 
 def choose(name, query, key, layer=0, **options):
-    method = baselines.build(baselines.SPARSE_PREFILL[name], options)
+    method = baselines.check(name, **options)
     return mask_of(method.select(query, key, SCALE, layer))
 
 
@@ -221,7 +224,7 @@ def test_minference(shape, tmp_path):
 
 def test_without_a_search_every_head_of_minference_is_the_fallback():
     query, key, _ = samples((50, 50), 8)
-    method = baselines.build(baselines.SPARSE_PREFILL["minference"], {})
+    method = baselines.check("minference")
     pattern = method.select(query, key, SCALE, 0)
     assert pattern.count() == pattern.dense_pairs  # 1,000 columns are more than there are
     assert pattern.blocks is None and pattern.diagonals is None
@@ -239,3 +242,68 @@ def test_sets_of_scores():
     assert largest(scores, 3)[0].tolist() == [True, True, False, True, False]
     assert largest(scores, torch.tensor([1, 0])).sum(-1).tolist() == [1, 0] and largest(scores, 9).all()
     assert by_diagonal(torch.tensor([[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]])).tolist() == [7, 5, 3]
+
+
+def test_the_search_finds_what_differs_least(tmp_path):
+    """By a plain search: all candidates within the budget, cut down where they are over it."""
+    model = build_qwen()
+    inputs = Prompts(model.config).one([5, ("video", 4, 8, 8), 9])
+    candidates = [
+        {"kind": "a_shape", "sink": 4, "window": 30},
+        {"kind": "vertical_slash", "vertical": 8, "slash": 3},
+        {"kind": "block_top_k", "blocks": 4},
+    ]
+    options = {"block_size": 8, "last_queries": 6, "min_vertical": 0, "min_slash": 0}
+    found = search(model, inputs, share=0.4, candidates=candidates, **options)
+    assert model.config.text_config._attn_implementation == "sdpa" and found["tokens"] == 78
+    assert len({choice["kind"] for layer in found["layers"] for choice in layer}) > 1
+    # What each head was given: within the budget, and nothing larger of its kind is.
+    recorded = []
+    method = baselines.check("minference", **options)
+    original = AttentionInterface()._global_mapping["sdpa"]
+
+    def record(module, query, key, value, *arguments, **keywords):
+        if module.is_causal:
+            recorded.append((query[0], key[0], value[0]))
+        return original(module, query, key, value, *arguments, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setitem(AttentionInterface._global_mapping, "sdpa", record)
+        model(**inputs)
+    scale = 16**-0.5
+    for layer, (query, key, value) in enumerate(recorded):
+        for head, choice in enumerate(found["layers"][layer]):
+            own = query[head][None], key[head // 2][None], value[head // 2][None]
+            dense = masked_attention(*own, torch.ones(78, 78, dtype=torch.bool).tril(), scale)
+            errors = []
+            for candidate in candidates:
+                best_cut = None
+                for part in range(1001):
+                    sizes = {name: int(candidate[name] * part / 1000) for name in candidate if name != "kind"}
+                    pattern = method.pattern_of([candidate | sizes], *own[:2], scale)
+                    if pattern.count() <= 0.4 * pattern.dense_pairs:
+                        best_cut = candidate | sizes
+                    elif best_cut is not None:
+                        break
+                output = masked_attention(*own, mask_of(method.pattern_of([best_cut], *own[:2], scale)), scale)
+                errors.append((float((output - dense).norm() / dense.norm()), best_cut))
+            assert [error for error, _ in errors] == pytest.approx(found["errors"][layer][head], rel=1e-9)
+            assert choice == min(errors, key=lambda pair: pair[0])[1]
+    # And the result is what MInference runs with.
+    baselines.configure(model, "minference", heads=found["layers"], **options)
+    with torch.no_grad():
+        model(**inputs)
+    assert 0.1 < baselines.pairs(model).fraction <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"share": 0}, "`share` must be over 0 and at most 1, got 0"),
+        ({"share": 0.5, "candidates": []}, "`candidates` must name one choice at least"),
+        ({"share": 0.5, "candidates": [{"kind": "x"}]}, r"`candidates`\[0\]: `kind` must be one of"),
+    ],
+)
+def test_wrong_searches(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        search(build_qwen(), {}, **arguments)
