@@ -199,7 +199,7 @@ def main_table(runs: Sequence[Run]) -> str | None:
         return None
     tasks = {name: read_preset(name)["tasks"] for name in BENCHMARKS}
     rows = [("row", *BENCHMARKS, "of dense attention"), ("---",) * (len(BENCHMARKS) + 2)]
-    for name in row_names():
+    for name in sorted(row_names(), key=_place_in_table):
         row, line, of_row = read_row(name), [], []
         for column in BENCHMARKS:
             found = cells.get((name, column), [])
@@ -216,6 +216,24 @@ def main_table(runs: Sequence[Run]) -> str | None:
         "Measured / published. In brackets: on other data than the benchmark's, which compares with nothing "
         "published.\n\n" + _markdown(rows)
     )
+
+
+def _place_in_table(name: str) -> tuple:
+    """The paper's order, new rows after its own."""
+    order = (
+        "qwen",
+        "awq",
+        "sft",
+        "fastv",
+        "vscan",
+        "visionzip",
+        "tri_shape",
+        "minference",
+        "flexprefill",
+        "xattention",
+    )
+    order += ("videonsa_v1", "videonsa_v2", "dense_nsa")
+    return (order.index(name) if name in order else len(order), name)
 
 
 def _markdown(rows: Iterable[Sequence]) -> str:
@@ -384,7 +402,7 @@ def plot_attention(runs: Sequence[Run]):
 
 def pairs_sparse_dense(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """Runs of equal task and arguments but for `nsa_mode` and what dense attention does not look at."""
-    ignored = {"nsa_mode", "block_size", "block_counts", "window_size", "nsa_backend"}
+    ignored = {"nsa_mode", "block_size", "block_counts", "window_size", "nsa_backend", "row", "preset"}
 
     def key(run: Run) -> tuple:
         return run.task, *sorted((name, str(value)) for name, value in run.arguments.items() if name not in ignored)
