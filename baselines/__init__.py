@@ -6,7 +6,8 @@
     print(baselines.pairs(model).fraction)
 
 Importing this package registers every sparse prefill method as an attention implementation of transformers, so that
-`from_pretrained(..., attn_implementation="xattention")` works too, with the method's defaults.
+`from_pretrained(..., attn_implementation="xattention")` works too, with the method's defaults. Token reduction is no
+attention implementation: `configure` sets it up, and `generate` and `forward` run it.
 """
 
 import itertools
@@ -16,13 +17,19 @@ from dataclasses import dataclass
 from torch import nn
 
 from .attention import register
+from .fastv import FastV
 from .flexprefill import FlexPrefill
 from .method import SparsePrefill, build
 from .minference import MInference
+from .reduction import Reducer, TokenReduction
 from .tri_shape import TriShape
+from .visionzip import VisionZip
+from .vscan import VScan
 from .xattention import XAttention
 
 SPARSE_PREFILL = {method.name: method for method in (TriShape, MInference, FlexPrefill, XAttention)}
+TOKEN_REDUCTION = {method.name: method for method in (FastV, VisionZip, VScan)}
+METHODS = SPARSE_PREFILL | TOKEN_REDUCTION
 for _method in SPARSE_PREFILL.values():
     register(_method)
 
@@ -49,7 +56,7 @@ def configure(model: nn.Module, method: str | None, **options) -> None:
 
     Args:
         model: of Qwen2.5-VL, or of VideoNSA with `nsa_mode="dense"`.
-        method: a name in `SPARSE_PREFILL`.
+        method: a name in `METHODS`.
         options: fields of the method's class.
     Raises:
         ValueError: an unknown method or option, an option out of its range, or a model in sparse mode.
@@ -57,7 +64,11 @@ def configure(model: nn.Module, method: str | None, **options) -> None:
     built = check(method, **options)
     if built is not None and getattr(model.config.get_text_config(), "nsa_mode", "dense") != "dense":
         raise ValueError(f"`method` = {method!r} runs in the place of dense attention: set `nsa_mode` = 'dense'")
-    name = "sdpa" if method is None else method
+    reducer = Reducer(model, built) if isinstance(built, TokenReduction) else None
+    if (before := vars(model).get("token_reducer")) is not None:
+        before.remove()
+    model.token_reducer = reducer
+    name = method if isinstance(built, SparsePrefill) else "sdpa"
     has_parts = getattr(model.config, "text_config", None) is not None
     model.set_attn_implementation({"text_config": name} if has_parts else name)
     for attention in _attentions(model):
@@ -65,7 +76,7 @@ def configure(model: nn.Module, method: str | None, **options) -> None:
     reset_pairs(model)
 
 
-def check(method: str | None, **options) -> SparsePrefill | None:
+def check(method: str | None, **options) -> SparsePrefill | TokenReduction | None:
     """The method with its options, without a model.
 
     Raises:
@@ -75,9 +86,9 @@ def check(method: str | None, **options) -> SparsePrefill | None:
         if options:
             raise ValueError(f"`{next(iter(options))}` is an option of no method")
         return None
-    if method not in SPARSE_PREFILL:
-        raise ValueError(f"`method` must be one of {', '.join(SPARSE_PREFILL)}, got {method!r}")
-    return build(SPARSE_PREFILL[method], options)
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
+    return build(METHODS[method], options)
 
 
 def pairs(model: nn.Module) -> Pairs:
@@ -106,9 +117,12 @@ def _attentions(model: nn.Module) -> Iterator[nn.Module]:
 
 
 __all__ = [
+    "METHODS",
     "SPARSE_PREFILL",
+    "TOKEN_REDUCTION",
     "Pairs",
     "SparsePrefill",
+    "TokenReduction",
     "check",
     "configure",
     "pairs",
