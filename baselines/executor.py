@@ -46,8 +46,7 @@ def _attend_blocks(query, key, value, pattern, softmax_scale) -> tuple[Tensor, i
         queries = query[head] * softmax_scale
         for tile in pattern.tiles(head):
             scores = queries[tile.rows] @ keys.index_select(0, tile.keys).T  # [num_rows, num_keys]
-            rest = scores[:, tile.num_whole :].masked_fill(~tile.mask, -torch.inf)
-            scores = torch.cat([scores[:, : tile.num_whole], rest], 1) if tile.num_whole else rest
+            scores[:, tile.num_whole :].masked_fill_(~tile.mask, -torch.inf)
             weights = scores.softmax(-1, dtype=accumulate).to(value.dtype)
             output[head, tile.rows] = weights @ values.index_select(0, tile.keys)
             pairs += tile.pairs
