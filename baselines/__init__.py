@@ -21,13 +21,15 @@ from .fastv import FastV
 from .flexprefill import FlexPrefill
 from .method import SparsePrefill, build
 from .minference import MInference
+from .mminference import MMInference
+from .psa import PSA
 from .reduction import Reducer, TokenReduction
 from .tri_shape import TriShape
 from .visionzip import VisionZip
 from .vscan import VScan
 from .xattention import XAttention
 
-SPARSE_PREFILL = {method.name: method for method in (TriShape, MInference, FlexPrefill, XAttention)}
+SPARSE_PREFILL = {method.name: method for method in (TriShape, MInference, FlexPrefill, XAttention, MMInference, PSA)}
 TOKEN_REDUCTION = {method.name: method for method in (FastV, VisionZip, VScan)}
 METHODS = SPARSE_PREFILL | TOKEN_REDUCTION
 for _method in SPARSE_PREFILL.values():

@@ -1,6 +1,7 @@
 """Attention over the pairs of a `Pattern`: a loop over blocks of queries on a CPU, flex attention on a GPU."""
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, softmax_
             f"`pattern` is for {pattern.num_heads} heads, {pattern.length - pattern.start} queries and "
             f"{pattern.length} keys, got `query` {tuple(query.shape)} and `key` {tuple(key.shape)}"
         )
-    if query.device.type == "cuda":
+    if query.device.type == "cuda" and pattern.pooled is None:
         return _attend_flex(query, key, value, pattern, softmax_scale), pattern.count()
     return _attend_blocks(query, key, value, pattern, softmax_scale)
 
@@ -40,17 +41,29 @@ def _attend_blocks(query, key, value, pattern, softmax_scale) -> tuple[Tensor, i
     # The precision of the sum over keys, as in eager attention.
     accumulate = torch.promote_types(query.dtype, torch.float32)
     output = query.new_empty(*query.shape[:2], value.shape[-1])
-    pairs = 0
+    on_cpu, device, pairs = pattern.to("cpu"), query.device, 0
     for head in range(query.shape[0]):
         keys, values = key[head // group_size], value[head // group_size]
         queries = query[head] * softmax_scale
-        for tile in pattern.tiles(head):
-            scores = queries[tile.rows] @ keys.index_select(0, tile.keys).T  # [num_rows, num_keys]
-            scores[:, tile.num_whole :].masked_fill_(~tile.mask, -torch.inf)
+        for tile in on_cpu.tiles(head):
+            own, places = queries[tile.rows], tile.keys.to(device)
+            taken = values.index_select(0, places)
+            scores = own @ keys.index_select(0, places).T  # [num_rows, num_keys]
+            scores[:, tile.num_whole :].masked_fill_(~tile.mask.to(device), -torch.inf)
+            for size, blocks in tile.pooled.items():
+                means = own @ _means(keys, blocks.to(device), pattern.block_size, size).T + math.log(size)
+                scores = torch.cat([scores, means], 1)
+                taken = torch.cat([taken, _means(values, blocks.to(device), pattern.block_size, size)])
             weights = scores.softmax(-1, dtype=accumulate).to(value.dtype)
-            output[head, tile.rows] = weights @ values.index_select(0, tile.keys)
+            output[head, tile.rows] = weights @ taken
             pairs += tile.pairs
     return output, pairs
+
+
+def _means(x: Tensor, blocks: Tensor, block_size: int, size: int) -> Tensor:
+    """Means of `size` neighbours in some blocks of (length, head_dim): (len(blocks) * block_size // size, head_dim)."""
+    rows = blocks[:, None] * block_size + torch.arange(block_size, device=x.device)
+    return x[rows.flatten()].unflatten(0, (-1, size)).mean(1)
 
 
 @functools.cache

@@ -16,16 +16,20 @@ class Tile:
         keys: (num_keys,), int64: positions, first those that every query of the block takes, then the others.
         num_whole: how many of the keys every query takes.
         mask: (num_rows, num_keys - num_whole), bool: which query takes which of the others.
+        pooled: by number of keys that make one, the blocks of which the queries take these means.
+        num_means: of all of these.
     """
 
     rows: slice
     keys: Tensor
     num_whole: int
     mask: Tensor
+    pooled: dict[int, Tensor] = field(default_factory=dict)
+    num_means: int = 0
 
     @property
     def pairs(self) -> int:
-        return (self.rows.stop - self.rows.start) * self.num_whole + int(self.mask.sum())
+        return (self.rows.stop - self.rows.start) * (self.num_whole + self.num_means) + int(self.mask.sum())
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ class Pattern:
         diagonals: (num_heads, length), bool, by q - k; or None.
         slashes: the same, of which a block of queries takes what any of them meets, as kernels compute diagonals: by
             blocks. A diagonal that is alone among others would cost a block product for one pair in block_size.
+        pooled: (num_heads, num_query_blocks, num_key_blocks), uint8: of blocks before the queries' own, how many
+            neighbouring keys, and values, are taken as their mean, with the logarithm of the number added to its logit;
+            0 for none of this. Means count as one key; blocks of them are not listed in `blocks`.
         slash_counts: (num_heads, length + 1): how many slashes are listed below each number; or None.
     Raises:
         ValueError: a shape or type is another one, or there are no queries.
@@ -62,6 +69,7 @@ class Pattern:
     columns: Tensor | None = None
     diagonals: Tensor | None = None
     slashes: Tensor | None = None
+    pooled: Tensor | None = None
     slash_counts: Tensor | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self):
@@ -85,6 +93,13 @@ class Pattern:
                     f"`{name}` must be bool of shape {(self.num_heads, *shape)}, got {given.dtype} {tuple(given.shape)}"
                 )
 
+        if self.pooled is not None:
+            shape = self.num_heads, self.num_query_blocks, self.num_key_blocks
+            if self.pooled.shape != shape or self.pooled.dtype != torch.uint8:
+                given = f"{self.pooled.dtype} {tuple(self.pooled.shape)}"
+                raise ValueError(f"`pooled` must be uint8 of shape {shape}, got {given}")
+            if any(self.block_size % size for size in self.pooled.unique().tolist() if size):
+                raise ValueError(f"`pooled` must divide `block_size` = {self.block_size}, got {self.pooled.unique()}")
         if self.slashes is not None:
             object.__setattr__(self, "slash_counts", torch.nn.functional.pad(self.slashes.cumsum(-1), (1, 0)))
 
@@ -107,7 +122,10 @@ class Pattern:
         return self.num_heads * (self.length * (self.length + 1) - self.start * (self.start + 1)) // 2
 
     def contains(self, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether pairs are taken, element by element; for positions in range, of any shapes that broadcast."""
+        """Whether pairs are taken, element by element; for positions in range, of any shapes that broadcast.
+
+        Without means.
+        """
         # Indexed with tensors only, and of positions that are clamped, not tested: flex attention compiles this.
         taken = query == key
         if self.blocks is not None:
@@ -178,7 +196,14 @@ class Pattern:
         if counts is not None:
             mask = mask | self.diagonals[head][(queries - others).clamp(min=0)]
         mask = mask & (others <= queries)
-        return Tile(slice(first - self.start, end - self.start), torch.cat([keys, others]), len(keys), mask)
+        pooled, num_means = {}, 0
+        if self.pooled is not None:
+            sizes = self.pooled[head, block, : first // self.block_size]
+            for size in sizes[sizes > 0].unique().tolist():
+                pooled[size] = (sizes == size).nonzero()[:, 0]
+                num_means += len(pooled[size]) * self.block_size // size
+        rows = slice(first - self.start, end - self.start)
+        return Tile(rows, torch.cat([keys, others]), len(keys), mask, pooled, num_means)
 
     def count(self) -> int:
         """Pairs that are taken, all heads."""

@@ -74,3 +74,23 @@ def own_blocks(num_query_blocks: int, num_key_blocks: int, device=None) -> Tenso
     """(num_query_blocks, num_key_blocks), true where a block of queries meets its own keys."""
     keys = torch.arange(num_key_blocks, device=device)
     return keys[None] == keys[num_key_blocks - num_query_blocks :, None]
+
+
+def antidiagonal_attention(query: Tensor, key: Tensor, block_size: int, stride: int, softmax_scale: float) -> Tensor:
+    """XAttention's estimate for one head, summed over blocks: (num_query_blocks, num_key_blocks).
+
+    Args:
+        query: (num_queries, head_dim); key: (length, head_dim).
+        stride: positions per group, see `XAttention`; divides block_size.
+    """
+    start = len(key) - len(query)
+    before, after = start % block_size, -len(key) % block_size
+    queries = torch.nn.functional.pad(accurate(query), (0, 0, before, after))
+    keys = torch.nn.functional.pad(accurate(key), (0, 0, 0, after))
+    queries = queries.unflatten(0, (-1, stride)).flip(1).flatten(1)  # [groups, stride * head_dim]
+    keys = keys.unflatten(0, (-1, stride)).flatten(1)
+    attention = causal_softmax(queries @ keys.T * (softmax_scale / stride))
+    first = torch.arange(len(queries), device=query.device) * stride - before  # of each group's queries
+    attention = attention * ((first > -stride) & (first < len(query)))[:, None]
+    per_block = block_size // stride
+    return attention.unflatten(1, (-1, per_block)).sum(2).unflatten(0, (-1, per_block)).sum(1)

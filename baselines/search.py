@@ -1,4 +1,4 @@
-"""Choose for each head the kind of pairs that MInference gives it (arXiv 2407.02490, algorithm 1).
+"""Choose for each head the kind of pairs that MInference or MMInference gives it (arXiv 2407.02490, algorithm 1).
 
     python -m baselines.search CHECKPOINT --video my.mp4 --question "What happens?" --share 0.2 --output heads.json
 
@@ -19,19 +19,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import padding_mask
 from .executor import attend
-from .minference import SIZES, MInference, check_choice
+from .method import build
+from .minference import MInference, check_choice
+from .mminference import MMInference
 from .scores import accurate
 
-CANDIDATES = (
-    {"kind": "a_shape", "sink": 128, "window": 4096},
-    {"kind": "vertical_slash", "vertical": 30, "slash": 2048},
-    {"kind": "vertical_slash", "vertical": 100, "slash": 1800},
-    {"kind": "vertical_slash", "vertical": 500, "slash": 1500},
-    {"kind": "vertical_slash", "vertical": 3000, "slash": 200},
-    {"kind": "block_top_k", "blocks": 100},
-)
-"""The paper's search space, with the A-shape of the authors' code."""
 _NAME = "minference_search"
+_CLASSES = {method.name: method for method in (MInference, MMInference)}
 
 
 class _Searcher:
@@ -73,7 +67,7 @@ class _Searcher:
         """The largest share of the candidate's sizes whose pairs the budget allows."""
 
         def cut(part: float) -> dict[str, Any]:
-            return candidate | {name: int(candidate[name] * part) for name in SIZES[candidate["kind"]]}
+            return candidate | {name: int(candidate[name] * part) for name in self.method.sizes[candidate["kind"]]}
 
         def is_allowed(part: float) -> bool:
             pattern = self.method.pattern_of([cut(part)], query, key, scale)
@@ -82,7 +76,9 @@ class _Searcher:
         if is_allowed(1.0):
             return dict(candidate)
         low, high = 0.0, 1.0
-        while any(int(size * low) < int(size * high) for size in map(candidate.get, SIZES[candidate["kind"]])):
+        while any(
+            int(size * low) < int(size * high) for size in map(candidate.get, self.method.sizes[candidate["kind"]])
+        ):
             middle = (low + high) / 2
             low, high = (middle, high) if is_allowed(middle) else (low, middle)
             if high - low < 1e-3:
@@ -96,7 +92,8 @@ def search(
     inputs: dict[str, Any],
     *,
     share: float,
-    candidates: Sequence[dict[str, Any]] = CANDIDATES,
+    method: str = "minference",
+    candidates: Sequence[dict[str, Any]] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Choices for each layer and head.
@@ -106,21 +103,26 @@ def search(
         inputs: of its `forward`, one prompt without padding.
         share: of the dense pairs, that a head may take. (Each block of queries takes its own block or keys whatever
             the share.)
-        candidates: choices, with the sizes that they have at most.
-        options: of `MInference`, but for `heads`; those that it runs with.
+        method: "minference" or "mminference".
+        candidates: choices, with the sizes that they have at most; by default the method's.
+        options: of the method, but for `heads`; those that it runs with.
     Returns:
-        `layers`, which `MInference(heads=...)` takes; `share`, `tokens`, and `errors`, by layer, head and candidate:
-        the norm of the difference to dense attention's output, over the norm of that.
+        `layers`, which the method's `heads` takes; `method`, `share`, `tokens`, and `errors`, by layer, head and
+        candidate: the norm of the difference to dense attention's output, over the norm of that.
     Raises:
         ValueError: a share that is none, a candidate that is none, or more than one prompt.
     """
     if not 0 < share <= 1:
         raise ValueError(f"`share` must be over 0 and at most 1, got {share!r}")
+    if method not in _CLASSES:
+        raise ValueError(f"`method` must be one of {', '.join(_CLASSES)}, got {method!r}")
+    built = build(_CLASSES[method], options)
+    candidates = built.candidates if candidates is None else candidates
     if not candidates:
         raise ValueError(f"`candidates` must name one choice at least, got {candidates!r}")
     for number, candidate in enumerate(candidates):
-        check_choice(candidate, f"`candidates`[{number}]")
-    searcher = _Searcher(candidates, share, MInference(**options))
+        check_choice(candidate, built.sizes, f"`candidates`[{number}]")
+    searcher = _Searcher(candidates, share, built)
     AttentionInterface.register(_NAME, searcher)
     AttentionMaskInterface.register(_NAME, padding_mask)
     before = model.config.get_text_config()._attn_implementation
@@ -131,6 +133,7 @@ def search(
         model.set_attn_implementation({"text_config": before})
     return {
         "layers": searcher.layers,
+        "method": method,
         "share": share,
         "tokens": inputs["input_ids"].shape[1],
         "candidates": list(map(dict, candidates)),
@@ -147,6 +150,7 @@ def main() -> None:
     parser.add_argument("--video", required=True)
     parser.add_argument("--question", default="Describe the video.")
     parser.add_argument("--fps", type=float, default=2.0)
+    parser.add_argument("--method", default="minference", choices=_CLASSES)
     parser.add_argument("--share", type=float, default=0.2, help="of the dense pairs, that a head may take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, required=True)
@@ -159,12 +163,15 @@ def main() -> None:
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template([{"role": "user", "content": content}], **options, fps=arguments.fps)
     try:
-        found = search(model, inputs.to(model.device), share=arguments.share)
+        found = search(model, inputs.to(model.device), share=arguments.share, method=arguments.method)
     except ValueError as error:
         parser.error(str(error))
     arguments.output.write_text(json.dumps(found, indent=1) + "\n")
     kinds = [choice["kind"] for layer in found["layers"] for choice in layer]
-    print(f"{found['tokens']:,} tokens:", ", ".join(f"{kinds.count(kind)} heads {kind}" for kind in SIZES))
+    print(
+        f"{found['tokens']:,} tokens:",
+        ", ".join(f"{kinds.count(kind)} heads {kind}" for kind in _CLASSES[arguments.method].sizes),
+    )
 
 
 if __name__ == "__main__":

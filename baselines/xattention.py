@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .method import SparsePrefill
 from .pattern import Pattern
-from .scores import accurate, causal_softmax, own_blocks, smallest_mass
+from .scores import antidiagonal_attention, own_blocks, smallest_mass
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,10 @@ class XAttention(SparsePrefill):
             raise ValueError(f"`stride` of {self.name} must divide `block_size` = {self.block_size}, got {self.stride}")
 
     def select(self, query: Tensor, key: Tensor, softmax_scale: float, layer: int) -> Pattern:
-        length, start = key.shape[1], key.shape[1] - query.shape[1]
-        before, after = start % self.block_size, -length % self.block_size
         blocks = []
         # Head by head: at 128K tokens, the estimate of one has 8K x 8K entries.
         for head in range(query.shape[0]):
-            queries = torch.nn.functional.pad(accurate(query[head]), (0, 0, before, after))
-            keys = torch.nn.functional.pad(accurate(key[head * len(key) // len(query)]), (0, 0, 0, after))
-            queries = queries.unflatten(0, (-1, self.stride)).flip(1).flatten(1)  # [groups, stride * head_dim]
-            keys = keys.unflatten(0, (-1, self.stride)).flatten(1)
-            attention = causal_softmax(queries @ keys.T * (softmax_scale / self.stride))
-            first = torch.arange(len(queries), device=query.device) * self.stride - before  # of each group's queries
-            is_there = (first > -self.stride) & (first < query.shape[1])
-            per_block = self.block_size // self.stride
-            attention = attention * is_there[:, None]
-            scores = attention.unflatten(1, (-1, per_block)).sum(2).unflatten(0, (-1, per_block)).sum(1)
+            own = query[head], key[head * len(key) // len(query)]
+            scores = antidiagonal_attention(*own, self.block_size, self.stride, softmax_scale)
             blocks.append(smallest_mass(scores, self.threshold) | own_blocks(*scores.shape, scores.device))
         return self._pattern(query, key, blocks=torch.stack(blocks))

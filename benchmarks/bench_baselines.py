@@ -37,6 +37,8 @@ METHODS = [
     ("flexprefill", {}),
     ("xattention", {}),
     ("xattention", {"stride": 8}),
+    ("mminference", {"strides": FRAME}),
+    ("psa", {}),
 ]
 
 

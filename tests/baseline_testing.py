@@ -63,3 +63,24 @@ def masked_attention(query, key, value, mask, softmax_scale) -> torch.Tensor:
     key, value = key.repeat_interleave(group_size, 0), value.repeat_interleave(group_size, 0)
     scores = (query @ key.transpose(1, 2) * softmax_scale).masked_fill(~mask, -torch.inf)
     return torch.nan_to_num(scores.softmax(-1)) @ value
+
+
+def pooled_attention(query, key, value, pattern, softmax_scale) -> torch.Tensor:
+    """`masked_attention` of a pattern with means: each mean as its keys, all with the mean's key and value.
+
+    So often as there are keys is what the logarithm in the logit stands for.
+    """
+    mask, size = mask_of(pattern), pattern.block_size
+    output = torch.zeros(*query.shape[:2], value.shape[-1], dtype=value.dtype)
+    for head in range(len(query)):
+        keys, values = (x[head // (len(query) // len(key))] for x in (key, value))
+        for row in range(query.shape[1]):
+            seen = [(keys[k], values[k]) for k in range(pattern.length) if mask[head, row, k]]
+            block = (pattern.start + row) // size
+            for other, count in enumerate(pattern.pooled[head, block - pattern.start // size, :block].tolist()):
+                for first in range(other * size, (other + 1) * size, count) if count else ():
+                    part = slice(first, first + count)
+                    seen += [(keys[part].mean(0), values[part].mean(0))] * count
+            weights = (torch.stack([k for k, _ in seen]) @ query[head, row] * softmax_scale).softmax(0)
+            output[head, row] = weights @ torch.stack([v for _, v in seen])
+    return output

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from baseline_testing import FLOAT64, build_ours, build_qwen, mask_of, masked_attention, vectors
+from baseline_testing import FLOAT64, build_ours, build_qwen, mask_of, masked_attention, pooled_attention, vectors
 from conftest import Prompts
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import causal_mask_function
@@ -28,8 +28,10 @@ SMALL = {
         "min_vertical": 2,
         "min_slash": 3,
     },
+    "mminference": {"block_size": 4, "strides": [6, 16], "heads": [[{"kind": "grid", "window": 5}] * 4] * 2},
     "flexprefill": {"block_size": 4, "min_budget": 4, "gamma": 0.6, "tau": 0.3},
     "xattention": {"block_size": 4, "stride": 2, "threshold": 0.6},
+    "psa": {"block_size": 8, "stride": 4, "full": 0.3, "by_2": 0.5, "by_4": 0.7, "by_8": 0.9},
 }
 VIDEO = ("video", 6, 8, 8)  # 96 tokens
 
@@ -78,6 +80,26 @@ def test_the_executor_computes_the_masked_dense_statement(kinds, start, length, 
         torch.arange(num_heads), torch.arange(start, length), torch.arange(length), indexing="ij"
     )
     assert torch.equal(pattern.contains(*positions), mask)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 50), (21, 50)])
+@pytest.mark.parametrize("kinds", [(), ("columns", "slashes")], ids="+".join)
+def test_means_of_keys_count_as_often_as_they_have_keys(kinds, start, length):
+    base = random_pattern(kinds, 4, start, length, 8)
+    generator = torch.Generator().manual_seed(1)
+    shape = 4, base.num_query_blocks, base.num_key_blocks
+    sizes = torch.tensor([0, 2, 4, 8], dtype=torch.uint8)[torch.randint(4, shape, generator=generator)]
+    lists = {kind: getattr(base, kind) for kind in kinds}
+    pattern = Pattern(4, start, length, 8, **lists, pooled=sizes)
+    query, key, value = vectors(num_queries=length - start)
+    output, pairs = attend(query, key, value, pattern, 0.3)
+    torch.testing.assert_close(output, pooled_attention(query, key, value, pattern, 0.3), **FLOAT64)
+    means = 0
+    for head in range(4):
+        for row in range(length - start):
+            block = (start + row) // 8
+            means += sum(8 // size for size in sizes[head, block - start // 8, :block].tolist() if size)
+    assert pairs == pattern.count() == int(mask_of(pattern).sum()) + means
 
 
 def test_what_is_left_out_is_not_computed():
@@ -152,6 +174,8 @@ def test_flex_attention_uncompiled_gives_what_the_blocks_give():
         ({"start": 50}, "`start` = 50"),
         ({"block_size": 0}, "`block_size` must be at least 1, got 0"),
         ({"columns": torch.zeros(4, 49, dtype=torch.bool)}, r"`columns` must be bool of shape \(4, 50\)"),
+        ({"pooled": torch.zeros(4, 7, 7)}, r"`pooled` must be uint8 of shape \(4, 7, 7\), got torch.float32"),
+        ({"pooled": torch.full((4, 7, 7), 3, dtype=torch.uint8)}, "`pooled` must divide `block_size` = 8"),
         ({"blocks": torch.zeros(4, 7, 7)}, r"`blocks` must be bool .*float32"),
     ],
 )
@@ -191,6 +215,9 @@ def test_layers_compute_the_masked_dense_statement(any_model, name, monkeypatch)
 
     def dense(query, key, value, pattern, scale):
         mask = mask_of(pattern)
+        if pattern.pooled is not None:
+            expected.append(pattern.count())
+            return pooled_attention(query, key, value, pattern, scale), 0
         expected.append(int(mask.sum()))
         return masked_attention(query, key, value, mask, scale), 0
 
@@ -211,6 +238,7 @@ def test_layers_compute_the_masked_dense_statement(any_model, name, monkeypatch)
         ("flexprefill", {"gamma": 1.0}),
         ("minference", {"min_slash": 1000, "heads": None}),
         ("tri_shape", {"window": 1000}),
+        ("psa", {"full": 1.0, "by_2": 1.0, "by_4": 1.0, "by_8": 1.0}),
     ],
     ids=lambda pair: pair[0],
 )
@@ -266,7 +294,7 @@ def test_generation_is_prefill_and_dense_steps(any_model, name):
         torch.testing.assert_close(found, expected.float(), atol=1e-11, rtol=2**-23)
 
 
-@pytest.mark.parametrize("name", ["tri_shape", "xattention"])
+@pytest.mark.parametrize("name", ["tri_shape", "xattention", "psa"])
 def test_a_prompt_in_parts(any_model, name):
     """What goes by positions or by each block of queries alone takes the same pairs in parts of whole blocks."""
     options = SMALL[name] | ({"last": 0} if name == "tri_shape" else {})
@@ -300,7 +328,7 @@ def test_parts_that_end_anywhere(name):
     assert dense == 2 * 4 * sum(range(24, 62)) and 0 < taken < dense
 
 
-@pytest.mark.parametrize("name", ["tri_shape", "xattention"])
+@pytest.mark.parametrize("name", ["tri_shape", "xattention", "psa"])
 def test_no_query_sees_what_comes_after_it(name):
     """Other tokens at the end change nothing before the last block.
 
@@ -378,6 +406,11 @@ def test_masks_of_packed_rows_are_refused():
             {"heads": [[{"kind": "a_shape", "sink": 1}]]},
             "`window` must be an integer from 0 on, got None",
         ),
+        ("minference", {"heads": [[{"kind": "grid", "window": 1}]]}, "`kind` must be one of .*, got 'grid'"),
+        ("mminference", {"strides": [1]}, r"`strides` of mminference must be integers from 2 on, got \[1\]"),
+        ("mminference", {"strides": "16"}, "`strides` of mminference"),
+        ("psa", {"full": 0.9, "by_2": 0.8}, "must ascend, got"),
+        ("psa", {"block_size": 20}, "`block_size` of psa must be a multiple of 8"),
         (None, {"threshold": 0.5}, "`threshold` is an option of no method"),
     ],
 )

@@ -121,6 +121,26 @@ def test_tri_shape(shape):
         assert torch.equal(found[head], sample.pairs(columns=range(3), diagonals=range(6), rows=last))
 
 
+def antidiagonals(sample, stride) -> dict:
+    """XAttention's estimate, by (query block, key block)."""
+    attention = {}
+    for group in range(sample.start // stride, -(-sample.length // stride)):
+        logits = []
+        for other in range(group + 1):  # the i-th key of a group with the i-th query from the end of its group
+            total = 0.0
+            for i in range(stride):
+                q, k = group * stride + stride - 1 - i, other * stride + i
+                if sample.start <= q < sample.length and k < sample.length:
+                    total += dot(sample.q(q), sample.key[k])
+            logits.append(total * SCALE / stride)
+        attention |= {(group, other): weight for other, weight in enumerate(softmax(logits))}
+    per_block, scores = sample.size // stride, {}
+    for (group, other), weight in attention.items():
+        place = group // per_block, other // per_block
+        scores[place] = scores.get(place, 0.0) + weight
+    return scores
+
+
 @pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("threshold", [0.3, 0.8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -128,25 +148,10 @@ def test_xattention(shape, threshold, stride):
     query, key, heads = samples(shape, 8)
     found = choose("xattention", query, key, block_size=8, stride=stride, threshold=threshold)
     for head, sample in enumerate(heads):
-        # Logits of antidiagonals: the i-th key of a group with the i-th query from the end of its group.
-        attention = {}
-        for group in range(sample.start // stride, -(-sample.length // stride)):
-            logits = []
-            for other in range(group + 1):
-                total = 0.0
-                for i in range(stride):
-                    q, k = group * stride + stride - 1 - i, other * stride + i
-                    if sample.start <= q < sample.length and k < sample.length:
-                        total += dot(sample.q(q), sample.key[k])
-                logits.append(total * SCALE / stride)
-            attention |= {(group, other): weight for other, weight in enumerate(softmax(logits))}
-        blocks, per_block = set(), 8 // stride
+        scores, blocks = antidiagonals(sample, stride), set()
         for i in sample.query_blocks:
-            scores = dict.fromkeys(range(i + 1), 0.0)
-            for (group, other), weight in attention.items():
-                if group // per_block == i:
-                    scores[other // per_block] += weight
-            blocks |= {(i, j) for j in fewest(scores, threshold) | {i}}
+            row = {place: weight for place, weight in scores.items() if place[0] == i}
+            blocks |= fewest(row, threshold) | {(i, i)}
         assert torch.equal(found[head], sample.pairs(blocks=blocks))
 
 
@@ -222,12 +227,76 @@ def test_minference(shape, tmp_path):
         assert torch.equal(found[head], expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_psa(shape):
+    query, key, heads = samples(shape, 8)
+    ends = {1: 0.3, 2: 0.5, 4: 0.7, 8: 0.9}
+    options = {"full": 0.3, "by_2": 0.5, "by_4": 0.7, "by_8": 0.9, "block_size": 8, "stride": 4}
+    pattern, levels = baselines.check("psa", **options).select(query, key, SCALE, 0), set()
+    for head, sample in enumerate(heads):
+        scores = antidiagonals(sample, 4)
+        for i in sample.query_blocks:
+            row, sum_before = {place: weight for place, weight in scores.items() if place[0] == i}, 0.0
+            for place in sorted(row, key=lambda place: -row[place]):
+                share = sum_before / sum(row.values())
+                level = next((level for level, end in ends.items() if share < end), 0)
+                level = 1 if place[1] in (0, i) else level
+                levels.add(level)
+                where = head, i - sample.start // 8, place[1]
+                assert (int(pattern.blocks[where]), int(pattern.pooled[where])) == (
+                    level == 1,
+                    level if level > 1 else 0,
+                )
+                sum_before += row[place]
+    assert len(levels) > 2 or shape[1] < 10
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_grid_heads(shape):
+    """Of MMInference: the stride and the phase whose keys get the most of the last queries, on average."""
+    query, key, heads = samples(shape, 8)
+    choices = [HEADS[1], *[{"kind": "grid", "window": 4}] * 3]
+    options = {"block_size": 8, "last_queries": 6, "min_vertical": 2, "min_slash": 3}
+    found = choose("mminference", query, key, heads=[choices], strides=[3, 4, 7], **options)
+    assert torch.equal(found[0], choose("minference", query, key, heads=[HEADS[1:2] * 4], **options)[0])
+    strides = set()
+    for head, sample in list(enumerate(heads))[1:]:
+        received, means = sample.lines(6)[0], {}
+        for stride in (3, 4, 7):
+            for phase in range(min(stride, sample.length)):
+                keys = range(phase, sample.length, stride)
+                means[stride, phase] = sum(received[k] for k in keys) / len(keys)
+        stride, phase = max(means, key=means.get)
+        strides.add((stride, phase))
+        grid = set(range(phase, sample.length, stride))
+        assert torch.equal(found[head], sample.pairs(columns=grid, rows=grid, diagonals=range(4)))
+    assert len(strides) > 1
+    every = choose("mminference", query, key, strides=5)
+    assert torch.equal(
+        every, choose("mminference", query, key, heads=[[{"kind": "grid", "window": 1024}] * 4], strides=5)
+    )
+
+
 def test_without_a_search_every_head_of_minference_is_the_fallback():
     query, key, _ = samples((50, 50), 8)
     method = baselines.check("minference")
     pattern = method.select(query, key, SCALE, 0)
     assert pattern.count() == pattern.dense_pairs  # 1,000 columns are more than there are
     assert pattern.blocks is None and pattern.diagonals is None
+
+
+def test_a_search_with_grid_heads():
+    model = build_qwen()
+    inputs = Prompts(model.config).one([5, ("video", 4, 8, 8), 9])
+    candidates = [{"kind": "grid", "window": 30}, {"kind": "vertical_slash", "vertical": 2, "slash": 0}]
+    options = {"block_size": 8, "strides": 16, "min_vertical": 0, "min_slash": 0}
+    found = search(model, inputs, share=0.4, method="mminference", candidates=candidates, **options)
+    kinds = {choice["kind"] for layer in found["layers"] for choice in layer}
+    assert "grid" in kinds
+    baselines.configure(model, "mminference", heads=found["layers"], **options)
+    with torch.no_grad():
+        model(**inputs)
+    assert 0.05 < baselines.pairs(model).fraction <= 0.4
 
 
 def test_sets_of_scores():
@@ -300,6 +369,7 @@ def test_the_search_finds_what_differs_least(tmp_path):
     ("arguments", "message"),
     [
         ({"share": 0}, "`share` must be over 0 and at most 1, got 0"),
+        ({"share": 0.5, "method": "xattention"}, "`method` must be one of minference, mminference, got 'xattention'"),
         ({"share": 0.5, "candidates": []}, "`candidates` must name one choice at least"),
         ({"share": 0.5, "candidates": [{"kind": "x"}]}, r"`candidates`\[0\]: `kind` must be one of"),
     ],
