@@ -68,8 +68,8 @@ def _means(x: Tensor, blocks: Tensor, block_size: int, size: int) -> Tensor:
 
 @functools.cache
 def _compiled_flex():
-    # Patterns have other shapes at every length: recompiling for each would take longer than the attention.
-    return torch.compile(flex_attention, dynamic=True)
+    # Not dynamic=True: the first call's code is for its shapes, later ones' for any.
+    return torch.compile(flex_attention)
 
 
 def _attend_flex(query, key, value, pattern, softmax_scale, flex=None) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """What one head takes of the keys before one block of queries.
+    """What one head takes of the keys before some queries: a block of them, or those that take every key.
 
     Attributes:
-        rows: of the call's queries, a slice.
+        rows: which of the call's queries, a slice or numbers.
         keys: (num_keys,), int64: positions, first those that every query of the block takes, then the others.
         num_whole: how many of the keys every query takes.
         mask: (num_rows, num_keys - num_whole), bool: which query takes which of the others.
@@ -20,7 +20,7 @@ class Tile:
         num_means: of all of these.
     """
 
-    rows: slice
+    rows: slice | Tensor
     keys: Tensor
     num_whole: int
     mask: Tensor
@@ -29,7 +29,7 @@ class Tile:
 
     @property
     def pairs(self) -> int:
-        return (self.rows.stop - self.rows.start) * (self.num_whole + self.num_means) + int(self.mask.sum())
+        return len(self.mask) * (self.num_whole + self.num_means) + int(self.mask.sum())
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,8 @@ class Pattern:
             if self.pooled.shape != shape or self.pooled.dtype != torch.uint8:
                 given = f"{self.pooled.dtype} {tuple(self.pooled.shape)}"
                 raise ValueError(f"`pooled` must be uint8 of shape {shape}, got {given}")
+            if self.rows is not None:
+                raise ValueError("`pooled` and `rows` exclude each other: a row takes keys, not means")
             if any(self.block_size % size for size in self.pooled.unique().tolist() if size):
                 raise ValueError(f"`pooled` must divide `block_size` = {self.block_size}, got {self.pooled.unique()}")
         if self.slashes is not None:
@@ -152,29 +154,39 @@ class Pattern:
         return Pattern(**{name: x.to(device) if isinstance(x, Tensor) else x for name, x in values.items()})
 
     def tiles(self, head: int) -> Iterator[Tile]:
-        """What this head takes, block of queries by block of queries; of a pattern on the CPU."""
+        """What this head takes, block of queries by block of queries; of a pattern on the CPU.
+
+        Queries that take every key come together at the end: one of them would have its block meet all keys.
+        """
         positions = torch.arange(self.length)
         # How many diagonals below each number are listed, for what a whole block of queries sees of each key.
         counts = None
         if self.diagonals is not None:
             counts = torch.nn.functional.pad(self.diagonals[head].cumsum(0), (1, 0))
         for block in range(self.num_query_blocks):
-            yield self._tile(head, block, positions, counts)
+            tile = self._tile(head, block, positions, counts)
+            if len(tile.mask):
+                yield tile
+        if self.rows is not None and self.rows[head].any():
+            for rows in self.rows[head].nonzero()[:, 0].split(self.block_size):
+                queries = self.start + rows
+                first, end = int(queries[0]), int(queries[-1]) + 1
+                yield Tile(rows, positions[:end], first, positions[first:end] <= queries[:, None])
 
     def _tile(self, head: int, block: int, positions: Tensor, counts: Tensor | None) -> Tile:
+        """Of the queries of a block that do not take every key."""
         first = max(self.start, (self.first_query_block + block) * self.block_size)
         end = min(self.length, (self.first_query_block + block + 1) * self.block_size)
+        rows, queries = slice(first - self.start, end - self.start), positions[first:end]
+        if self.rows is not None and self.rows[head, rows].any():
+            rows = (~self.rows[head, rows]).nonzero()[:, 0] + first - self.start
+            queries = positions[self.start + rows]
         whole = torch.zeros(end, dtype=torch.bool)
         touched = torch.zeros(end, dtype=torch.bool)
         if self.blocks is not None:
             whole |= self.blocks[head, block].repeat_interleave(self.block_size)[:end]
         if self.columns is not None:
             whole |= self.columns[head, :end]
-        listed = None if self.rows is None else self.rows[head, first - self.start : end - self.start]
-        if listed is not None and listed.all():
-            whole[:] = True
-        elif listed is not None and listed.any():
-            touched[:] = True
         if counts is not None:
             # A key k meets these queries on the diagonals first - k to end - 1 - k.
             found = counts[end - positions[:end]] - counts[(first - positions[:end]).clamp(min=0)]
@@ -185,14 +197,10 @@ class Pattern:
             whole |= met[end - positions[:end]] > met[(first - positions[:end]).clamp(min=0)]
         in_whole = whole.clone()
         whole[first:] = False  # of these, causality leaves to each query its own share
-        touched[first:] |= in_whole[first:]
         touched[first:] = True  # each query takes its own key
         touched &= ~whole
-        keys, others = positions[:end][whole], positions[:end][touched]
-        queries = positions[first:end, None]
+        keys, others, queries = positions[:end][whole], positions[:end][touched], queries[:, None]
         mask = in_whole[others][None] | (queries == others)
-        if listed is not None:
-            mask = mask | listed[:, None]
         if counts is not None:
             mask = mask | self.diagonals[head][(queries - others).clamp(min=0)]
         mask = mask & (others <= queries)
@@ -202,7 +210,6 @@ class Pattern:
             for size in sizes[sizes > 0].unique().tolist():
                 pooled[size] = (sizes == size).nonzero()[:, 0]
                 num_means += len(pooled[size]) * self.block_size // size
-        rows = slice(first - self.start, end - self.start)
         return Tile(rows, torch.cat([keys, others]), len(keys), mask, pooled, num_means)
 
     def count(self) -> int:

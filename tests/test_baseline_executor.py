@@ -4,6 +4,7 @@ import pytest
 import torch
 from baseline_testing import FLOAT64, build_ours, build_qwen, mask_of, masked_attention, pooled_attention, vectors
 from conftest import Prompts
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, StaticCache
 from transformers.masking_utils import causal_mask_function
 
@@ -157,14 +158,17 @@ def test_flex_attention_gets_the_same_statement(kinds, start, length):
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention.*:UserWarning")
-def test_flex_attention_uncompiled_gives_what_the_blocks_give():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    query, key, value = vectors(num_queries=29, dtype=torch.float32)
-    pattern = random_pattern(("blocks", "columns", "diagonals", "slashes"), start=21)
-    expected = attend(query, key, value, pattern, 0.3)[0]
-    output = _attend_flex(query, key, value, pattern, 0.3, flex=flex_attention)
-    truth = masked_attention(query.double(), key.double(), value.double(), mask_of(pattern), 0.3)
+@pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_flex_attention_gives_what_the_blocks_give(is_compiled):
+    """On a CPU; compiled, it goes by the lists of blocks."""
+    flex = torch.compile(flex_attention, dynamic=False) if is_compiled else flex_attention
+    start, length, size = (150, 500, 128) if is_compiled else (21, 50, 8)  # compiled, blocks cannot be smaller
+    query, key, value = vectors(num_queries=length - start, length=length, head_dim=16, dtype=torch.float32)
+    pattern = random_pattern(("blocks", "columns", "diagonals", "slashes"), 4, start, length, size, density=0.05)
+    with torch.no_grad():
+        expected = attend(query, key, value, pattern, 0.3)[0]
+        output = _attend_flex(query, key, value, pattern, 0.3, flex=flex)
+    truth = attend(query.double(), key.double(), value.double(), pattern, 0.3)[0]
     assert (output - truth).abs().max() <= 4 * (expected - truth).abs().max()
 
 
@@ -176,6 +180,10 @@ def test_flex_attention_uncompiled_gives_what_the_blocks_give():
         ({"columns": torch.zeros(4, 49, dtype=torch.bool)}, r"`columns` must be bool of shape \(4, 50\)"),
         ({"pooled": torch.zeros(4, 7, 7)}, r"`pooled` must be uint8 of shape \(4, 7, 7\), got torch.float32"),
         ({"pooled": torch.full((4, 7, 7), 3, dtype=torch.uint8)}, "`pooled` must divide `block_size` = 8"),
+        (
+            {"pooled": torch.zeros(4, 7, 7, dtype=torch.uint8), "rows": torch.zeros(4, 50, dtype=torch.bool)},
+            "`pooled` and `rows` exclude each other",
+        ),
         ({"blocks": torch.zeros(4, 7, 7)}, r"`blocks` must be bool .*float32"),
     ],
 )
