@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
+import baselines
 from generation_videonsa import CACHE_NAME
 from nsa_kernels.attention_budget import attention_budget
 
@@ -26,8 +27,8 @@ class PromptTokenCounts(TokenCounts):
     Attributes:
         vision_tokens: image and video tokens of the prompt.
         attention_share: pairs of query and key that the prompt costs, as a share of dense causal attention's; `None`
-            for the variant "released", whose pairs are not counted.
-        attention: the model's settings, by name (`ATTENTION_SETTINGS`).
+            for the variant "released", whose pairs are not counted. With a method of `baselines`, what it took.
+        attention: the model's settings, by name (`ATTENTION_SETTINGS`); with a method, that and its options.
     """
 
     vision_tokens: int | None = None
@@ -45,10 +46,18 @@ class Inference:
     Args:
         video_options: keywords of `processor.apply_chat_template` for every prompt.
         reading_options: further keywords of `model.read`.
+        method: the method of `baselines` that the model is configured with, and its options; `None` without.
     """
 
-    def __init__(self, model, processor, video_options: dict[str, Any], reading_options: dict[str, Any] | None = None):
-        self.model, self._processor = model, processor
+    def __init__(
+        self,
+        model,
+        processor,
+        video_options: dict[str, Any],
+        reading_options: dict[str, Any] | None = None,
+        method: dict[str, Any] | None = None,
+    ):
+        self.model, self._processor, self.method = model, processor, method
         self.video_options, self.reading_options = video_options, reading_options or {}
         processor.tokenizer.padding_side = "left"
         self._own, self._copying = threading.local(), threading.Lock()
@@ -90,6 +99,8 @@ class Inference:
     @property
     def reads_prompts_whole(self) -> bool:
         """Whether a prompt with media may not be split, nor anything be added to it, without changing what it means."""
+        if self.method is not None:  # chooses by the whole prompt, and what follows it is no part of it
+            return True
         return self.model.config.nsa_variant == "released" and self.model.config.nsa_mode == "sparse"
 
     @torch.inference_mode()
@@ -105,6 +116,7 @@ class Inference:
         tokenizer = self.own_processor.tokenizer
         inputs = self._to_device(inputs)
         types = self._types(inputs, types)
+        baselines.reset_pairs(self.model)
         rows = self.model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings.options)
         answers = rows[:, inputs["input_ids"].shape[1] :]
         several = len(rows) // len(inputs["input_ids"])  # num_return_sequences; the first counts
@@ -126,11 +138,13 @@ class Inference:
             would give it.
         """
         inputs = self._to_device(inputs)
-        counts = self._count(self._types(inputs, types), [0] * len(continuations))
+        types = self._types(inputs, types)
         before, cache = [], inputs.get(CACHE_NAME)
         if cache is None and self.reads_prompts_whole:
+            baselines.reset_pairs(self.model)
             prompt = self.model(**inputs, use_cache=True, logits_to_keep=1)
             cache, before = prompt[CACHE_NAME], [prompt.logits]
+        counts = self._count(types, [0] * len(continuations))
         device, prompts = inputs["input_ids"].device, len(continuations)
         most = max(map(len, continuations))
         ids = torch.zeros(prompts, most, dtype=torch.long, device=device)
@@ -176,6 +190,8 @@ class Inference:
         return [torch.nn.functional.pad(read, (0, asked))]
 
     def _count(self, types: Sequence[torch.Tensor], num_generated: Sequence[int]) -> list[PromptTokenCounts]:
+        if self.method is not None:
+            return self._count_of_method(types, num_generated)
         settings = {name: getattr(self.model.config, name) for name in ATTENTION_SETTINGS}
         sizes = {name: value for name, value in settings.items() if name != "nsa_mode"}
         counts = []
@@ -183,5 +199,15 @@ class Inference:
             share = 1.0
             if settings["nsa_mode"] == "sparse":
                 share = None if self.reads_prompts_whole else attention_budget(row, **sizes).fraction
+            counts.append(PromptTokenCounts(len(row), generated, None, int((row != 0).sum()), share, settings))
+        return counts
+
+    def _count_of_method(self, types, num_generated) -> list[PromptTokenCounts]:
+        """With the pairs since `reset_pairs`, of which generation with several rows a prompt has several a prompt."""
+        pairs, settings = baselines.pairs_by_sample(self.model), {"nsa_mode": "dense", **self.method}
+        every = max(1, len(pairs) // max(1, len(types)))
+        counts = []
+        for row, generated, taken in zip(types, num_generated, pairs[::every], strict=True):
+            share = taken.fraction
             counts.append(PromptTokenCounts(len(row), generated, None, int((row != 0).sum()), share, settings))
         return counts

@@ -21,6 +21,7 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
+import baselines
 from budget_videonsa import check_positive
 from kv_budget_videonsa import budget_method
 from modeling_videonsa import VideoNSAForConditionalGeneration
@@ -62,6 +63,10 @@ class VideoNSA(lmms):
             read one at a time; default: everything.
         decode_workers: threads that read videos ahead, one batch each; 0 reads when the model waits for it.
         allow_text_only: accept prompts without image or video.
+        method: one of `baselines`, such as "xattention", in the place of the model's own attention; its options are
+            further arguments, `method=xattention,threshold=0.9` (`block_size` among them). `nsa_mode` is "dense" then,
+            and every prompt is read whole, without `video_cache`.
+        row, preset: notes of which row and column of the paper's main table this is, for the report.
     Raises:
         ValueError: an unknown argument, a wrong value, arguments that contradict each other, or a checkpoint that lacks
             weights (gates may be missing with `nsa_mode="dense"`, which does not use them).
@@ -96,9 +101,25 @@ class VideoNSA(lmms):
         kv_method: str | None = None,
         decode_workers: int = 2,
         allow_text_only: bool = False,
+        method: str | None = None,
+        row: str | None = None,
+        preset: str | None = None,
         **unknown: Any,
     ):
         super().__init__()
+        method_options = {}
+        if method is not None:
+            method_options, unknown = unknown, {}
+            if block_size is not None:
+                method_options["block_size"], block_size = block_size, None
+            baselines.check(method, **method_options)
+            if nsa_mode not in (None, "dense"):
+                raise ValueError(f"`method` = {method!r} runs in the place of dense attention, not of {nsa_mode=}")
+            if attn_implementation is not None:
+                raise ValueError(f"`attn_implementation` = {attn_implementation!r} contradicts `method` = {method!r}")
+            if kv_budget is not None:
+                raise ValueError(f"`kv_budget` = {kv_budget!r}: with `method` = {method!r}, prompts are read whole")
+            nsa_mode = "dense"
         for name, value in unknown.items():
             close = difflib.get_close_matches(name, inspect.signature(VideoNSA).parameters, n=1)
             hint = f"; did you mean `{close[0]}`?" if close else ""
@@ -167,6 +188,8 @@ class VideoNSA(lmms):
         )
         _check_nothing_is_missing(str(pretrained), loaded["missing_keys"], self.model.config.nsa_mode)
         self.model.eval()
+        if method is not None:
+            baselines.configure(self.model, method, **method_options)
         options = {
             "fps": fps,
             "num_frames": num_frames,
@@ -181,12 +204,13 @@ class VideoNSA(lmms):
         processor = processor_class.from_pretrained(str(pretrained), trust_remote_code=trust_remote_code)
         # Contradictions are found now, not at the first video.
         processor.plan_video(np.zeros((4, 56, 56, 3), np.uint8), **options)
-        self.inference = Inference(self.model, processor, options, reading)
+        method_settings = None if method is None else {"method": method, **method_options}
+        self.inference = Inference(self.model, processor, options, reading, method_settings)
         self.kv_budget = kv_budget
         if kv_budget is not None and self.inference.reads_prompts_whole:
             raise ValueError(f"`kv_budget` = {kv_budget!r}: with nsa_variant='released', prompts are read whole")
         self.system_prompt = None if system_prompt is None else self._resolve_system_prompt(str(system_prompt))
-        # What the released variant computes of a video depends on the whole prompt.
+        # What the released variant, and most methods, compute of a video depends on the whole prompt.
         self.video_cache = video_cache and not self.inference.reads_prompts_whole
         self.decode_workers, self.allow_text_only = decode_workers, allow_text_only
 

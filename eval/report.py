@@ -3,7 +3,7 @@
     python -m videonsa_eval.report eval/results --output eval/report
 
 reads every `*_results.json` in the folders and the `*_samples_*.jsonl` beside it (`--log_samples`), and writes
-`report.md` and
+`report.md`, with the paper's main table where there are runs of its rows, and
 
 - `context.png`: accuracy against vision tokens;
 - `frames.png`: accuracy against frames and tokens per frame, where runs differ in them;
@@ -30,7 +30,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from lmms_eval.utils import simple_parse_args_string
 
-from .run_preset import RESULTS, preset_names, read_preset
+from .run_preset import BENCHMARKS, RESULTS, preset_names, read_preset, read_row, row_names
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,16 @@ def _score(value: Any) -> float | None:
 def labels(runs: Sequence[Run]) -> list[str]:
     """For each run the arguments in which runs differ."""
     names = [name for run in runs for name in run.arguments]
-    differing = [name for name in dict.fromkeys(names) if len({str(run.arguments.get(name)) for run in runs}) > 1]
+    names = [name for name in dict.fromkeys(names) if name != "preset"]  # the task says it
+    differing = [name for name in names if len({str(run.arguments.get(name)) for run in runs}) > 1]
     return [", ".join(f"{name}={run.arguments[name]}" for name in differing if name in run.arguments) for run in runs]
 
 
 def table(runs: Sequence[Run]) -> str:
     """Markdown: score of each run beside the published ones, and what its prompts cost."""
     presets = _presets_by_task()
-    head = ("task", "run", "samples", "metric", "score", "published: Qwen2.5-VL-7B", "VideoNSA", "vision tokens")
+    beside = ("Qwen2.5-VL-7B", "VideoNSA v1", "VideoNSA v2")
+    head = ("task", "run", "samples", "metric", "score", f"published: {beside[0]}", *beside[1:], "vision tokens")
     rows = [(*head, "of dense attention"), ("---",) * (len(head) + 1)]
     for run, label in sorted(zip(runs, labels(runs), strict=True), key=lambda pair: (pair[0].task, pair[1])):
         published = presets.get(run.task, {}).get("published", {})
@@ -175,11 +177,66 @@ def table(runs: Sequence[Run]) -> str:
                 len(run.samples) or "-",
                 run.metric,
                 f"{run.score:.1f}",
-                *(published.get(name, "-") for name in ("Qwen2.5-VL-7B", "VideoNSA")),
+                *(published.get(name, "-") for name in beside),
                 _text(run.mean("vision_tokens"), ",.0f"),
                 _text(run.mean("attention_share"), ".1%"),
             )
         )
+    return _markdown(rows)
+
+
+def main_table(runs: Sequence[Run]) -> str | None:
+    """Markdown: the paper's main table, what was measured beside what was published; `None` without runs of its rows.
+
+    A run is of a row and a column by its arguments `row` and `preset`, which `run_preset --row` gives. Of several, the
+    mean counts. Scores on other data than the column's are in brackets: they cannot be compared.
+    """
+    cells = defaultdict(list)
+    for run in runs:
+        if run.arguments.get("row") is not None:
+            cells[run.arguments["row"], run.arguments.get("preset")].append(run)
+    if not cells:
+        return None
+    tasks = {name: read_preset(name)["tasks"] for name in BENCHMARKS}
+    rows = [("row", *BENCHMARKS, "of dense attention"), ("---",) * (len(BENCHMARKS) + 2)]
+    for name in sorted(row_names(), key=_place_in_table):
+        row, line, of_row = read_row(name), [], []
+        for column in BENCHMARKS:
+            found = cells.get((name, column), [])
+            measured = "-"
+            if found:
+                measured = f"{sum(run.score for run in found) / len(found):.1f}"
+                if any(run.task != tasks[column] for run in found):
+                    measured = f"[{measured}]"
+            of_row += found
+            line.append(f"{measured} / {row['published'].get(column, '-')}")
+        shares = [share for run in of_row if (share := run.mean("attention_share")) is not None]
+        rows.append((row["row"], *line, _text(sum(shares) / len(shares) if shares else None, ".1%")))
+    return (
+        "Measured / published. In brackets: on other data than the benchmark's, which compares with nothing "
+        "published.\n\n" + _markdown(rows)
+    )
+
+
+def _place_in_table(name: str) -> tuple:
+    """The paper's order, new rows after its own."""
+    order = (
+        "qwen",
+        "awq",
+        "sft",
+        "fastv",
+        "vscan",
+        "visionzip",
+        "tri_shape",
+        "minference",
+        "flexprefill",
+        "xattention",
+    )
+    order += ("videonsa_v1", "videonsa_v2", "dense_nsa")
+    return (order.index(name) if name in order else len(order), name)
+
+
+def _markdown(rows: Iterable[Sequence]) -> str:
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows) + "\n"
 
 
@@ -345,7 +402,7 @@ def plot_attention(runs: Sequence[Run]):
 
 def pairs_sparse_dense(runs: Sequence[Run]) -> list[tuple[Run, Run]]:
     """Runs of equal task and arguments but for `nsa_mode` and what dense attention does not look at."""
-    ignored = {"nsa_mode", "block_size", "block_counts", "window_size", "nsa_backend"}
+    ignored = {"nsa_mode", "block_size", "block_counts", "window_size", "nsa_backend", "row", "preset"}
 
     def key(run: Run) -> tuple:
         return run.task, *sorted((name, str(value)) for name, value in run.arguments.items() if name not in ignored)
@@ -386,6 +443,8 @@ def write_report(folders: Sequence[Path], output: Path) -> list[Path]:
     runs = read_runs(folders)
     output.mkdir(parents=True, exist_ok=True)
     text, written = ["# Evaluation\n", table(runs)], []
+    if (rows := main_table(runs)) is not None:
+        text += ["## The paper's main table\n", rows]
     for name, plot in PLOTS.items():
         figure = plot(runs)
         path = output / f"{name}.png"

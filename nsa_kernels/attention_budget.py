@@ -2,7 +2,11 @@
 
 Of the variant "paper"; "released" attends to more, and in part twice.
 
-arXiv 2510.02295 states 3.6 % of the dense budget at 128K tokens. A compressed block counts as one key.
+A compressed block counts as one key.
+
+arXiv 2510.02295 states 3.6 % of the dense budget at 128K tokens, by `paper_fraction`: what a query selects and its
+window, without compression, as if every query had that many keys before it. `without_compression` counts the same
+branches exactly, and `fraction` all that is computed.
 """
 
 import sys
@@ -24,7 +28,23 @@ class AttentionBudget:
     @property
     def fraction(self) -> float:
         """Share of the dense pairs that VideoNSA computes; above 1 where the prompt is too short for it to save."""
-        return (self.compression + self.selection + self.window + self.text) / max(1, self.dense)
+        return self.without_compression + self.compression / max(1, self.dense)
+
+    @property
+    def without_compression(self) -> float:
+        """The same without the pairs of queries and compressed blocks, which the paper leaves out."""
+        return (self.selection + self.window + self.text) / max(1, self.dense)
+
+
+def paper_fraction(seq_len: int, *, block_size: int = 64, block_counts: int = 32, window_size: int = 256) -> float:
+    """The paper's share of the dense pairs, 2 (block_counts * block_size + window_size) / (seq_len - 1).
+
+    Raises:
+        ValueError: seq_len is under 2.
+    """
+    if seq_len < 2:
+        raise ValueError(f"`seq_len` must be at least 2, got {seq_len!r}")
+    return 2 * (block_counts * block_size + window_size) / (seq_len - 1)
 
 
 def attention_budget(
@@ -57,9 +77,12 @@ def attention_budget(
 
 def main() -> None:
     """Print the shares for prompts of that many vision tokens, at the default settings."""
+    print("   tokens   all branches   without compression   the paper's formula")
     for argument in sys.argv[1:]:
-        budget = attention_budget(torch.ones(int(argument)))
-        print(f"{int(argument):>9,} vision tokens: {budget.fraction:.1%} of the dense pairs")
+        length = int(argument)
+        budget = attention_budget(torch.ones(length))
+        shares = budget.fraction, budget.without_compression, paper_fraction(length)
+        print("{:>9,} {:>14.1%} {:>21.1%} {:>21.1%}".format(length, *shares))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import build_released
 from safetensors.torch import load_file, save_file
 from training_data import as_messages, make_checkpoint, write_records
@@ -327,6 +328,10 @@ def test_presets_are_arguments(preset, data, tmp_path):
     arguments = parse_arguments([str(preset), "--model", "m", *data, "--output_dir", str(tmp_path), *here])
     if preset.stem == "paper_7b":
         assert (arguments.learning_rate, arguments.get_warmup_steps(1000)) == (1e-6, 100)
+        assert (arguments.adam_beta1, arguments.adam_beta2, arguments.weight_decay) == (0.9, 0.999, 0.01)
+        # Of 8 GPUs, `sequence_parallel_size` share each sample. (Above, one does, for want of others.)
+        shared = yaml.safe_load(preset.read_text())["sequence_parallel_size"]
+        assert 8 // shared * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps == 32
         options = arguments.data_options()
         assert (options.fps, options.min_frames, options.max_frames, options.max_tokens) == (4, 350, 550, 36 * 1024)
 
