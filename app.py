@@ -193,7 +193,7 @@ class Page:
         def steps(visitor: Visitor):
             return self._ask(visitor, question, *asking)
 
-        yield from self._shown(request, self.ask_status, asking[2:], steps)
+        yield from self._shown(request, self.ask_status, asking[2:], steps, typed=question)
 
     async def on_stop(self, request: gr.Request) -> None:
         # On the event loop, since all threads may be waiting.
@@ -245,12 +245,16 @@ class Page:
     def _ask(self, visitor: Visitor, question: str, labels, length, *settings) -> Iterator[dict]:
         return self.jobs.ask(visitor, self.jobs.settings(*settings), question, labels, length)
 
-    def _shown(self, request: gr.Request, status: gr.HTML, settings, steps) -> Iterator[dict]:
-        """The updates of a job, as updates of parts."""
-        yield {status: "", self.question: gr.Textbox(value="", submit_btn=False, stop_btn="Stop")}
+    def _shown(self, request: gr.Request, status: gr.HTML, settings, steps, typed: str = "") -> Iterator[dict]:
+        """The updates of a job, as updates of parts; one that is refused at once leaves those of a running one."""
+        has_begun, lost = False, {}
         try:
             visitor = self.visitors.of(request.session_hash)
             for update in steps(visitor):
+                if "has_begun" in update:
+                    has_begun, asked = True, {"value": ""} if typed else {}
+                    yield {status: "", self.question: gr.Textbox(submit_btn=False, stop_btn="Stop", **asked)}
+                    continue
                 parts = {"status": status, "messages": self.chat, "evidence": self.evidence}
                 shown = {part: update[name] for name, part in parts.items() if name in update}
                 if "is_reading" in update:
@@ -264,10 +268,13 @@ class Page:
                 yield shown
         except Refused as reason:
             yield {status: views.problem(str(reason))}
+            lost = {"value": typed} if typed else {}
+        if not has_begun:
+            return
         yield {
             self.read: gr.Button(visible=True),
             self.cancel: gr.Button(visible=False),
-            self.question: gr.Textbox(submit_btn="Ask", stop_btn=False),
+            self.question: gr.Textbox(submit_btn="Ask", stop_btn=False, **lost),
         }
 
 

@@ -421,7 +421,10 @@ def text_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, coun
     total = before = None
     for module, query, layer in zip(model.model.language_model.layers, queries, layers, strict=True):
         scaling = module.self_attn.scaling
-        taken = head_sums(query, layer.keys, segments, count + rows, first, scaling, layer.values).sum(0).cpu()
+        taken = torch.zeros(rows, count + rows, dtype=precise(layer.keys), device=layer.keys.device)
+        for _, part, sums in head_tiles(query, layer.keys, segments, count + rows, first, scaling, layer.values):
+            taken[part] += sums.sum(0)
+        taken = taken.cpu()
         direct, from_rows = taken.split([count, rows], dim=1)
         plain = direct.clone()
         plain[:, -1] += from_rows.sum(1)
@@ -444,23 +447,40 @@ def head_sums(
 ) -> Tensor:
     """Sums over segments of the causal softmax attention of a layer's text rows: (num_heads, rows, count).
 
-    Memory beside the result is that of a tile, however many rows and keys there are.
+    Arguments as of `head_tiles`; float32, or more where the keys have more.
+    """
+    num_heads, rows = query.shape[1:3]
+    result = torch.empty(keys.shape[1], num_heads // keys.shape[1], rows, count, dtype=precise(keys))
+    for head, part, sums in head_tiles(query, keys, segments, count, first, scaling, values):
+        result[head, :, part] = sums.cpu()
+    return result.flatten(0, 1)
+
+
+def head_tiles(
+    query: Tensor,
+    keys: Tensor,
+    segments: Tensor,
+    count: int,
+    first: int,
+    scaling: float,
+    values: Tensor | None = None,
+) -> Iterator[tuple[int, slice, Tensor]]:
+    """`head_sums` a tile at a time, so that memory is that of a tile, however many rows and keys there are.
 
     Args:
         query: (1, num_heads, rows, head_dim), rotated, of the tokens at positions first, first + 1, ...
         keys: (1, num_kv_heads, length, head_dim); query head h reads key/value head h // group_size.
         segments: (length,), int64, less than `count`.
         values: like keys. Each key counts by the length of its value; without them by 1, so that every row makes 1.
-    Returns:
-        float32, or more where the keys have more.
+    Yields:
+        a key/value head; rows; of these the sums, (group_size, rows, count), on the device of the keys.
     """
     num_kv_heads, length, head_dim = keys.shape[1:]
     dtype, device = precise(keys), keys.device
     query, segments = query.to(device).unflatten(1, (num_kv_heads, -1))[0], segments.to(device)
     group_size, rows = query.shape[1:3]
-    result = torch.empty(num_kv_heads, group_size, rows, count, dtype=dtype, device=device)
     some = max(1, _TILE // (group_size * count))
-    for head, (heads, key, out) in enumerate(zip(query, keys[0], result, strict=True)):
+    for head, (heads, key) in enumerate(zip(query, keys[0], strict=True)):
         for start in range(0, rows, some):
             part = heads[:, start : start + some]
             position = torch.arange(first + start, first + start + part.shape[1], device=device).repeat(group_size)
@@ -484,5 +504,4 @@ def head_sums(
                 sums.mul_(shrink).index_add_(0, segments[tile], weights)
                 highest = higher
             sums /= total
-            out[:, start : start + some] = sums.view(count, group_size, -1).permute(1, 2, 0)
-    return result.flatten(0, 1)
+            yield head, slice(start, start + part.shape[1]), sums.view(count, group_size, -1).permute(1, 2, 0)

@@ -163,13 +163,10 @@ class ReadVideo:
                 f"the frames at second {times[0]:.2f} were not kept, since they were read from memory: "
                 "pass `video`, such as a recording of the whole video"
             )
-        is_same = True
-        if video is not None or footage.path is not None:
-            is_same = not footage.digest or media_fingerprint(part)["digest"] == footage.digest
+        is_same = not footage.digest or media_fingerprint(part)["digest"] == footage.digest
         if video is None and not is_same:
-            raise ValueError(
-                f"{footage.path} is not there, or has changed since it was read: pass `video`, where it is now"
-            )
+            name = footage.path or f"the {media_fingerprint(part)['name']} that was read"
+            raise ValueError(f"{name} is not there, or has changed since it was read: pass `video`, where it is now")
         try:
             stream = open_stream(processor, part, self.shape.height, self.shape.width, self.shape.fps)
         except ValueError as error:

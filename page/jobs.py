@@ -6,7 +6,8 @@ Readings and answers are iterators of updates, dicts with some of
 - `messages`: the conversation;
 - `readings`: those that the visitor has;
 - `evidence`: HTML that says where an answer comes from;
-- `is_reading`: True when a reading begins.
+- `is_reading`: True when a reading begins;
+- `has_begun`: True, first of all: nothing else is computed for the visitor now.
 
 What goes wrong is a `Refused` with a text to be shown; no path of the server and no traceback is in it.
 """
@@ -17,7 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
+
+import av
+import torch
 
 from . import views
 from .model_room import Done, LineFull, ModelRoom, Settings, Stopped, Waiting
@@ -25,6 +31,7 @@ from .visitors import KeptReading, Refused, Video, Visitor, Visitors
 
 logger = logging.getLogger("videonsa.page")
 STOPPING_SECONDS = 60
+BUSY = "One thing at a time: something is still running for you."
 WENT_WRONG = "Something went wrong on the server. Please try again."
 
 
@@ -55,7 +62,10 @@ class Jobs:
             Refused: it cannot be read, or is beyond the limits.
         """
         try:
+            check_pixels(video.path, self.limits.pixels)
             plan = self.room.plan(video.path, settings)
+        except Refused:
+            raise
         except ValueError as error:
             raise Refused(for_visitors(error, video)) from error
         except Exception as error:
@@ -71,23 +81,24 @@ class Jobs:
 
     def read(self, visitor: Visitor, settings: Settings) -> Iterator[dict[str, Any]]:
         """Read the visitor's video; one job at a time for each."""
-        return self._one_at_a_time(visitor, lambda: self._read(visitor, settings))
+        return self._one_at_a_time(visitor, lambda stop: self._read(visitor, settings, stop))
 
     def ask(
         self, visitor: Visitor, settings: Settings, question: str, labels: Sequence[str], length: Any
     ) -> Iterator[dict[str, Any]]:
         """Answer a question, from the readings with these labels, or all; where there are none, read first."""
-        return self._one_at_a_time(visitor, lambda: self._ask(visitor, settings, question, labels, length))
+        return self._one_at_a_time(visitor, lambda stop: self._ask(visitor, settings, question, labels, length, stop))
 
-    def _read(self, visitor: Visitor, settings: Settings) -> Iterator[dict[str, Any]]:
+    def _read(self, visitor: Visitor, settings: Settings, stop: threading.Event) -> Iterator[dict[str, Any]]:
         video, label = visitor.video, settings.attention
         if video is None:
             raise Refused("Choose a video first.")
         yield {"is_reading": True, "status": views.progress_bar(None, "Opening the video")}
-        self.plan(video, settings)  # the settings may be ahead of the plan that is shown
+        plan = self.plan(video, settings)  # the settings may be ahead of the plan that is shown
         start, end = time.perf_counter(), ""
         try:
-            for item in self.room.read(video.path, settings, visitor.stop):
+            make_room = partial(self.visitors.make_room, plan.memory.cache)
+            for item in self.room.read(video.path, settings, stop, make_room):
                 if isinstance(item, Waiting):
                     yield {"status": views.waiting(item)}
                     start = time.perf_counter()
@@ -105,12 +116,18 @@ class Jobs:
         if visitor.video is not video:
             raise Stopped
         seconds = time.perf_counter() - start
-        self.visitors.keep(visitor, KeptReading(reading, settings, label, _cache_bytes(reading), seconds))
+        self.visitors.keep(visitor, KeptReading.of(reading, settings, label, seconds))
         text = end or f"Read in {views.seconds(seconds)}. Ask away."
         yield {"status": views.done(text), "readings": visitor.readings}
 
     def _ask(
-        self, visitor: Visitor, settings: Settings, question: str, labels: Sequence[str], length: Any
+        self,
+        visitor: Visitor,
+        settings: Settings,
+        question: str,
+        labels: Sequence[str],
+        length: Any,
+        stop: threading.Event,
     ) -> Iterator[dict[str, Any]]:
         question = (question or "").strip()
         if not question:
@@ -123,8 +140,8 @@ class Jobs:
             if visitor.messages:
                 text = "The reading was dropped to make room for others: reading it again"
                 yield {"status": views.progress_bar(None, text)}
-            yield from self._read(visitor, settings)
-            if visitor.stop.is_set():
+            yield from self._read(visitor, settings, stop)
+            if stop.is_set():
                 return
         video, messages = visitor.video, visitor.messages
         chosen = [kept for kept in visitor.readings if kept.label in (labels or ())] or list(visitor.readings)
@@ -134,12 +151,21 @@ class Jobs:
             message = {"role": "assistant", "content": heading}
             messages.append(message)
             yield {"messages": [*messages], "status": ""}
-            for item in self.room.ask(kept.reading, kept.settings, question, int(length), visitor.stop):
-                if isinstance(item, Waiting):
-                    yield {"status": views.waiting(item)}
-                elif not isinstance(item, Done):
-                    message["content"] += item
-                    yield {"messages": [*messages], "status": ""}
+            try:
+                total = _there(kept).seconds
+                for item in self.room.ask(partial(_there, kept), kept.settings, question, int(length), stop):
+                    if isinstance(item, Waiting):
+                        yield {"status": views.waiting(item)}
+                    elif not isinstance(item, Done):
+                        message["content"] += item
+                        yield {"messages": [*messages], "status": ""}
+            except Exception:
+                if message["content"] == heading and visitor.video is video:  # no answer has begun
+                    messages.remove(message)
+                    if kept is chosen[0]:
+                        messages.pop()
+                    yield {"messages": [*messages]}
+                raise
             if visitor.video is not video:
                 raise Stopped
             answer = item.result
@@ -148,13 +174,16 @@ class Jobs:
             yield {"messages": [*messages], "readings": visitor.readings}
             if kept is chosen[0]:
                 whose = kept.label if len(chosen) > 1 else ""
-                yield {"evidence": views.evidence(answer.evidence, kept.reading.seconds, whose)}
+                yield {"evidence": views.evidence(answer.evidence, total, whose)}
 
-    def _one_at_a_time(self, visitor: Visitor, job: Callable[[], Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    def _one_at_a_time(
+        self, visitor: Visitor, job: Callable[[threading.Event], Iterator[dict[str, Any]]]
+    ) -> Iterator[dict[str, Any]]:
         video = visitor.video
         try:
-            with _busy(visitor):
-                for update in job():
+            with self._busy(visitor) as stop:
+                yield {"has_begun": True}
+                for update in job(stop):
                     self.visitors.touch(visitor)
                     yield update
         except LineFull as error:
@@ -168,21 +197,56 @@ class Jobs:
                 yield {"status": ""}
                 return
             raise Refused(for_visitors(error, video)) from error
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            self.visitors.make_room(self.limits.all_reading_bytes)
+            raise Refused("There was not enough memory. Please try again, with fewer frames or tokens.") from error
         except Exception as error:
             logger.exception("a job failed")
             raise Refused(WENT_WRONG) from error
 
+    @contextmanager
+    def _busy(self, visitor: Visitor) -> Iterator[threading.Event]:
+        """Inside, nothing else is done for the visitor. Gives what stops it.
 
-@contextmanager
-def _busy(visitor: Visitor) -> Iterator[None]:
-    # What was stopped may need a moment to end.
-    if not visitor.busy.acquire(timeout=STOPPING_SECONDS if visitor.stop.is_set() else 0):
-        raise Refused("One thing at a time: something is still running for you.")
-    visitor.stop = threading.Event()
+        What was stopped may need a moment to end. One may wait for that: each that waits holds a thread of the server.
+        """
+        if not visitor.pending.acquire(blocking=False):
+            raise Refused(BUSY)
+        try:
+            stop = self.visitors.begin(visitor)
+            if not visitor.busy.acquire(timeout=STOPPING_SECONDS):
+                raise Refused(BUSY)
+        finally:
+            visitor.pending.release()
+        try:
+            if visitor.is_gone or stop.is_set():
+                raise Stopped
+            yield stop
+        finally:
+            visitor.busy.release()
+
+
+def _there(kept: KeptReading) -> Any:
+    """The reading, if it is there still."""
+    if kept.reading is None:
+        raise Refused("The reading was dropped to make room for others: read the video again.")
+    return kept.reading
+
+
+def check_pixels(path: Path, limit: int) -> None:
+    """Look at the size of a video's pictures before one of them is decoded: a small file can hold huge ones.
+
+    Raises:
+        Refused: they are larger than `limit` pixels.
+    """
     try:
-        yield
-    finally:
-        visitor.busy.release()
+        with av.open(str(path), container_options={"protocol_whitelist": "file"}) as container:
+            sizes = [(one.codec_context.width, one.codec_context.height) for one in container.streams.video]
+    except (av.error.FFmpegError, OSError):
+        return  # the reader says what is wrong
+    for width, height in sizes:
+        if width * height > limit:
+            raise Refused(f"Its pictures have {width:,} x {height:,} pixels, and the limit here is {limit:,} in all.")
 
 
 def for_visitors(error: Exception, video: Video | None) -> str:
@@ -193,8 +257,3 @@ def for_visitors(error: Exception, video: Video | None) -> str:
         if str(video.path.parent) in text:
             text = ""
     return re.sub(r"\[Errno -?\d+\] ", "", text) or WENT_WRONG
-
-
-def _cache_bytes(reading: Any) -> int:
-    states = (states for layer in reading.cache.layers for states in (layer.keys, layer.values))
-    return sum(one.untyped_storage().nbytes() for one in states)

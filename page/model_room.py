@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoProcessor, StoppingCriteria, TextStreamer
 
+CHUNK_STEPS = 32
+"""Steps of a video, of two frames each, that are read at most before somebody who wants to stop is heard."""
 REPORT_SECONDS = 0.2
 """Between two reports of progress: to show one costs the page more than the small checkpoint needs for a chunk."""
 
@@ -157,9 +159,14 @@ class ModelRoom:
         _set(model, settings)
         return model.plan_reading(self.processor, str(video), chunk_tokens=self.chunk_tokens, **self._options(settings))
 
-    def read(self, video: Path, settings: Settings, stop: threading.Event) -> Iterator[Any]:
+    def read(
+        self, video: Path, settings: Settings, stop: threading.Event, prepare: Callable[[], Any] | None = None
+    ) -> Iterator[Any]:
         """Gives `Waiting`, then `ReadingProgress` after chunks, and `Done` with the `Reading`.
 
+        Args:
+            stop: when it is set, reading ends after a chunk, of at most `CHUNK_STEPS` steps.
+            prepare: called when the turn has come.
         Raises:
             Stopped: `stop` was set; LineFull.
             ValueError: the video cannot be read.
@@ -177,10 +184,12 @@ class ModelRoom:
             last = -REPORT_SECONDS
 
             with self._turn(settings, stop, put):
+                if prepare is not None:
+                    prepare()
                 return self.model.read(
                     self.processor,
                     str(video),
-                    chunk_tokens=self.chunk_tokens,
+                    chunk_tokens=min(self.chunk_tokens, CHUNK_STEPS * settings.step_tokens),
                     progress=False,
                     callback=callback,
                     **self._options(settings),
@@ -189,11 +198,12 @@ class ModelRoom:
         return _in_thread(work, stop)
 
     def ask(
-        self, reading: Any, settings: Settings, question: str, max_new_tokens: int, stop: threading.Event
+        self, find: Callable[[], Any], settings: Settings, question: str, max_new_tokens: int, stop: threading.Event
     ) -> Iterator[Any]:
         """Gives `Waiting`, then pieces of the answer, and `Done` with the `Answer` and its evidence.
 
         Args:
+            find: gives the reading when the turn has come; it may have been dropped until then.
             settings: with which it was read.
             stop: when it is set, the answer ends where it is.
         Raises:
@@ -202,7 +212,7 @@ class ModelRoom:
 
         def work(put):
             with self._turn(settings, stop, put):
-                return reading.ask(
+                return find().ask(
                     question,
                     max_new_tokens=max_new_tokens,
                     do_sample=False,

@@ -15,8 +15,9 @@
   // These events do not bubble.
   document.addEventListener("timeupdate", (event) => {
     const needle = document.querySelector(".needle");
-    if (needle && event.target === video() && event.target.duration) {
-      needle.style.left = `${(100 * event.target.currentTime) / event.target.duration}%`;
+    const total = Number(needle?.parentElement.dataset.total); // of what was read, which may end before the video
+    if (total && event.target === video()) {
+      needle.style.left = `${Math.min(100, (100 * event.target.currentTime) / total)}%`;
     }
   }, true);
 

@@ -167,7 +167,8 @@ def evidence(found: Any, total: float, whose: str = "") -> str:
     )
     return f"""<section class="evidence" aria-label="Where the answer comes from">
 <h3>Where the answer comes from{of_which}</h3><div class="frames">{cards}</div>
-<div class="timeline"><div class="track">{_bars(found.moments, total)}<i class="needle"></i></div>
+<div class="timeline"><div class="track" data-total="{total:.3f}">{_bars(found.moments, total)}
+<i class="needle"></i></div>
 <span>0:00</span><span>{clock(total)}</span></div>
 <p class="hint">Click on a frame or a bar, and the video goes there. The numbers are shares of the attention that
 question and answer paid; {share(found.text)} went to text.</p></section>"""
@@ -196,8 +197,8 @@ def comparison(readings: Sequence[KeptReading]) -> str:
     if not readings:
         return ""
     rows = "".join(
-        f"<tr><th scope='row'>{escape(kept.label)}</th><td>{share(kept.reading.plan.attention_share)}</td>"
-        f"<td class='wide'>{kept.reading.num_tokens:,}</td><td class='wide'>{size(kept.cache_bytes)}</td>"
+        f"<tr><th scope='row'>{escape(kept.label)}</th><td>{share(kept.attention_share)}</td>"
+        f"<td class='wide'>{kept.tokens:,}</td><td class='wide'>{size(kept.cache_bytes)}</td>"
         f"<td>{seconds(kept.seconds)}</td>"
         f"<td>{'' if kept.answer_seconds is None else seconds(kept.answer_seconds)}</td>"
         f"<td class='answer'>{escape(kept.answer[:80])}</td></tr>"

@@ -20,6 +20,7 @@ class Limits:
         upload_bytes: of one file.
         all_upload_bytes: of the files of all visitors.
         seconds: of one video.
+        pixels: of one of its pictures.
         readings: that are kept of one visitor.
         all_reading_bytes: of the caches of all visitors' readings.
         visitors: that may be there at once.
@@ -31,6 +32,7 @@ class Limits:
     upload_bytes: int = 200 << 20
     all_upload_bytes: int = 4 << 30
     seconds: float = 600.0
+    pixels: int = 4096 * 2304
     readings: int = 3
     all_reading_bytes: int = 8 << 30
     visitors: int = 500
@@ -67,8 +69,10 @@ class KeptReading:
 
     Attributes:
         label: for people.
-        bytes: that are held for its cache.
+        reading: `None` where it was dropped.
+        bytes: that are held for its cache, with the room that it has to grow.
         seconds: it took.
+        tokens, attention_share, cache_bytes: for people, also when it is dropped.
         answer_seconds: that the last answer took.
     """
 
@@ -77,13 +81,25 @@ class KeptReading:
     label: str
     bytes: int
     seconds: float
+    tokens: int = 0
+    attention_share: float = 0.0
+    cache_bytes: int = 0
     answer_seconds: float | None = None
     answer: str = ""
 
-    @property
-    def cache_bytes(self) -> int:
-        """Of the cache, without the room that it has to grow."""
-        return sum(states.nbytes for layer in self.reading.cache.layers for states in (layer.keys, layer.values))
+    @classmethod
+    def of(cls, reading: Any, settings: Settings, label: str, seconds: float) -> "KeptReading":
+        states = [states for layer in reading.cache.layers for states in (layer.keys, layer.values)]
+        return cls(
+            reading,
+            settings,
+            label,
+            bytes=sum(one.untyped_storage().nbytes() for one in states),
+            seconds=seconds,
+            tokens=reading.num_tokens,
+            attention_share=reading.plan.attention_share,
+            cache_bytes=sum(one.nbytes for one in states),
+        )
 
 
 @dataclass
@@ -100,6 +116,7 @@ class Visitor:
         uploads: that have begun; only the last one goes on.
         reserved: bytes that it may have.
         busy: held while something is computed for this visitor.
+        pending: held by the one who waits for that to end, and by nobody else.
     """
 
     key: str
@@ -113,6 +130,7 @@ class Visitor:
     messages: list[dict] = field(default_factory=list)
     stop: threading.Event = field(default_factory=threading.Event)
     busy: threading.Lock = field(default_factory=threading.Lock)
+    pending: threading.Lock = field(default_factory=threading.Lock)
     is_gone: bool = False
 
 
@@ -191,10 +209,11 @@ class Visitors:
             self.leave(session)
 
     def sweep(self) -> None:
-        """Forget those who have done nothing for too long."""
+        """Forget those who have done nothing for too long; waiting in line is something."""
         with self._lock:
             oldest = self._clock() - self.limits.idle_seconds
-            idle = [session for session, one in self._by_session.items() if one.last_seen < oldest]
+            there = self._by_session.items()
+            idle = [session for session, one in there if one.last_seen < oldest and not one.busy.locked()]
         for session in idle:
             self.leave(session)
 
@@ -235,12 +254,42 @@ class Visitors:
                 raise Refused("You have left.")
             if kept.bytes > self.limits.all_reading_bytes:
                 raise Refused("This reading takes more memory than there is. Take fewer frames or fewer tokens.")
-            visitor.readings[:] = [one for one in visitor.readings if one.label != kept.label] + [kept]
-            del visitor.readings[: -self.limits.readings]
-            excess = self.reading_bytes - self.limits.all_reading_bytes
+            others = [one for one in visitor.readings if one.label != kept.label]
+            dropped = [one for one in visitor.readings if one.label == kept.label]
+            while len(others) >= self.limits.readings:
+                dropped.append(others.pop(0))
+            for one in dropped:
+                one.reading = None
+            visitor.readings[:] = others
+            self.make_room(kept.bytes)
+            visitor.readings.append(kept)
+
+    def begin(self, visitor: Visitor) -> threading.Event:
+        """What stops the next job of a visitor; it is heard also while that waits for the one before to end.
+
+        Raises:
+            Refused: the visitor has left, or something runs that nobody has told to stop.
+        """
+        with self._lock:
+            if visitor.is_gone:
+                raise Refused("You have left.")
+            if visitor.busy.locked() and not visitor.stop.is_set():
+                raise Refused("One thing at a time: something is still running for you.")
+            visitor.stop = threading.Event()
+            return visitor.stop
+
+    def make_room(self, size: int) -> None:
+        """Drop readings, those of whoever was seen last longest ago first, so that one of `size` bytes has room.
+
+        What waits to be asked is dropped too: `KeptReading.reading` is `None` then. To be called when nothing is asked.
+        """
+        with self._lock:
+            excess = self.reading_bytes + size - self.limits.all_reading_bytes
             for one in sorted(self._by_session.values(), key=lambda one: one.last_seen):
-                while excess > 0 and one.readings and one.readings[0] is not kept:
-                    excess -= one.readings.pop(0).bytes
+                while excess > 0 and one.readings:
+                    dropped = one.readings.pop(0)
+                    dropped.reading = None
+                    excess -= dropped.bytes
 
     @property
     def reading_bytes(self) -> int:

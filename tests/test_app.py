@@ -49,6 +49,11 @@ def finish(items):
     return last.result, before
 
 
+def here(reading):
+    """It was not dropped."""
+    return lambda: reading
+
+
 class TestLine:
     def test_first_come_first_served(self):
         line, served = Line(limit=3), []
@@ -92,7 +97,7 @@ class TestRoom:
             reading, progress = finish(room.read(video.path, room.default, threading.Event()))
             assert progress[0].tokens % CHUNK == 0 and progress[0].total_tokens == reading.num_tokens
             for question in questions:
-                answer, pieces = finish(room.ask(reading, room.default, question.text, 16, threading.Event()))
+                answer, pieces = finish(room.ask(here(reading), room.default, question.text, 16, threading.Event()))
                 assert parse_answer(answer.text, question.choices) == question.answer, question
                 assert "".join(pieces) == answer.text
 
@@ -106,7 +111,7 @@ class TestRoom:
             reading, _ = finish(room.read(video.path, settings, threading.Event()))
             assert reading.settings["nsa_mode"] == settings.nsa_mode
             assert reading.plan == room.plan(video.path, settings)
-            finish(room.ask(reading, settings, "How many stars are there?", 4, threading.Event()))
+            finish(room.ask(here(reading), settings, "How many stars are there?", 4, threading.Event()))
             assert (room.model.config.nsa_mode, room.model.config.block_counts) == before
 
     def test_a_plan_does_not_wait(self, room, examples):
@@ -127,7 +132,7 @@ class TestRoom:
             list(items)
         reading = stopped.value.reading
         assert 0 < reading.seconds < 32 and reading.num_tokens < room.plan(examples[0][0].path, room.default).tokens
-        assert finish(room.ask(reading, room.default, "How many stars are there?", 4, threading.Event()))[0].text
+        assert finish(room.ask(here(reading), room.default, "How many stars are there?", 4, threading.Event()))[0].text
 
     def test_whoever_goes_away_stops_the_work(self, room, examples):
         stop = threading.Event()
@@ -141,12 +146,12 @@ class TestRoom:
     def test_an_answer_can_be_stopped(self, room, examples):
         reading, _ = finish(room.read(examples[0][0].path, room.default, threading.Event()))
         stop = threading.Event()
-        items = room.ask(reading, room.default, "How many stars are there?", 16, stop)
+        items = room.ask(here(reading), room.default, "How many stars are there?", 16, stop)
         stop.set()
         with contextlib.suppress(Stopped):
             answer, _ = finish(items)
             assert len(answer.token_ids) <= 2
-        assert finish(room.ask(reading, room.default, "How many stars are there?", 16, threading.Event()))[0].text
+        assert finish(room.ask(here(reading), room.default, "How many stars are there?", 16, threading.Event()))[0].text
 
 
 class Clock:
@@ -192,6 +197,27 @@ class TestVisitors:
         clock.now = 61
         visitors.sweep()
         assert not idle.folder.exists() and visitors.of("active") is active
+
+    def test_who_waits_in_line_is_not_idle(self, visitors, clock):
+        waiting = visitors.arrive("waiting")
+        clock.now = 61
+        with waiting.busy:
+            visitors.sweep()
+        assert waiting.folder.exists() and not waiting.is_gone
+        visitors.sweep()
+        assert waiting.is_gone
+
+    def test_room_is_made_before_a_reading(self, visitors, clock):
+        early, late = visitors.arrive("early"), visitors.arrive("late")
+        mine = [kept("one", 60), kept("two", 30)]
+        for one in mine:
+            visitors.keep(early, one)
+        clock.now = 1
+        visitors.touch(late)
+        visitors.make_room(70)
+        assert visitors.reading_bytes == 30 and mine[0].reading is None and early.readings == mine[1:]
+        visitors.make_room(100)
+        assert visitors.reading_bytes == 0 and mine[1].reading is None
 
     def test_arriving_again_is_another_visitor(self, visitors):
         first = visitors.arrive("a")
@@ -267,7 +293,7 @@ class TestJobs:
         assert updates[-1]["evidence"].count("<img") == views.FRAMES
         visitor.readings.clear()
         updates = list(jobs.ask(visitor, room.default, "How many stars are there?", ["Sparse, 2 blocks"], 16))
-        assert "dropped to make room" in updates[0]["status"] and len(visitor.messages) == 4
+        assert "dropped to make room" in updates[1]["status"] and len(visitor.messages) == 4
 
     def test_side_by_side(self, jobs, visitor, room):
         dense = Settings(2.0, 4, "dense", 2)
@@ -290,6 +316,50 @@ class TestJobs:
             next(jobs.read(visitor, room.default))
         assert list(running) and visitor.readings
         assert list(jobs.read(visitor, room.default))
+
+    def test_one_waits_for_what_is_stopped_and_can_be_stopped_too(self, jobs, visitor, room):
+        """Each that waits holds a thread of the server, and whoever leaves meanwhile is not served any more."""
+        running = jobs.read(visitor, room.default)
+        next(running)
+        visitor.stop.set()
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(list, jobs.read(visitor, room.default))
+            deadline = time.monotonic() + SECONDS
+            while visitor.stop.is_set() and time.monotonic() < deadline:  # until it has one of its own
+                time.sleep(0.01)
+            with pytest.raises(Refused, match="One thing at a time"):
+                list(jobs.read(visitor, room.default))
+            jobs.visitors.leave("a")
+            running.close()
+            assert not any("is_reading" in update for update in waiting.result(SECONDS))
+        assert not visitor.readings
+
+    def test_room_is_made_when_the_turn_has_come(self, jobs, visitor, room, examples):
+        """What is kept, and what somebody waits to ask, is dropped before the next video is read, not after."""
+        list(jobs.read(visitor, room.default))
+        size = jobs.visitors.reading_bytes
+        (kept,) = visitor.readings
+        tight = Jobs(room, Visitors(jobs.visitors.folder, Limits(all_reading_bytes=int(1.2 * size))))
+        first, second = (tight.visitors.arrive(name) for name in "ab")
+        for one in first, second:
+            tight.visitors.choose(one, examples[0][0])
+        list(tight.read(first, room.default))
+        asking = tight.ask(first, room.default, "How many stars are there?", [], 16)
+        updates = [next(asking), next(asking)]  # the question is shown, and its turn has not come
+        (kept,) = first.readings
+        list(tight.read(second, room.default))
+        assert kept.reading is None and not first.readings and tight.visitors.reading_bytes == second.readings[0].bytes
+        with pytest.raises(Refused, match="dropped to make room"):
+            updates.extend(asking)
+        assert not first.messages  # the question can be asked again
+
+    def test_huge_pictures_are_refused_before_one_is_decoded(self, jobs, room, tmp_path, monkeypatch):
+        path = tmp_path / "small.gif"
+        pictures = [Image.new("P", (5000, 3000), color) for color in (0, 1)]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=500)
+        monkeypatch.setattr(room, "plan", None)
+        with pytest.raises(Refused, match="5,000 x 3,000 pixels"):
+            jobs.plan(Video(path, "small.gif"), room.default)
 
     def test_choosing_another_video_stops_and_shows_nothing_of_the_first(self, jobs, visitor, room, examples):
         running = jobs.ask(visitor, room.default, "How many stars are there?", [], 16)
