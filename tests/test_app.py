@@ -528,7 +528,7 @@ class TestServer:
         """Every address that this version of Gradio has, and that the page does without."""
         with gr.Blocks() as blocks:
             gr.HTML("")
-        known = gr.routes.App.create_app(blocks).routes
+        known = all_routes(gr.routes.App.create_app(blocks))
         open_ones = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json"}
         open_ones |= {"/static/{path:path}", "/assets/{path:path}", "/svelte/{path:path}"}
         names = ["app_id", "startup-events", "theme.css", "heartbeat/{session_hash}", "queue/data", "queue/join"]
@@ -556,23 +556,25 @@ class TestServer:
 
     def test_a_visitor_has_one_upload_at_a_time(self, client, server, examples):
         """Each promises a byte more than it sends; all but the last are ended, and their bytes are gone."""
-        folder = server.temporary.glob(f"videonsa-page-*/visitors/{client.key}")
-        (folder,) = folder
+        (folder,) = server.temporary.glob(f"videonsa-page-*/visitors/{client.key}")
         content = b"\0\0\0\x18ftypisom" + bytes((1 << 18) - 12)
         head = f"PUT /visitor/{client.key}/upload HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content) + 1}\r\n\r\n"
 
         def stored():
             return sum(file.stat().st_size for file in folder.iterdir())
 
+        def is_stored():
+            with contextlib.suppress(FileNotFoundError):  # the one before goes
+                return stored() == len(content)
+
         with contextlib.ExitStack() as stack:
             sockets = []
             for _ in range(6):
                 sockets.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), SECONDS)))
                 sockets[-1].sendall(head.encode() + content)
-                wait_until(lambda: stored() == len(content))
-            for one in sockets[:-1]:
-                assert one.recv(12) == b"HTTP/1.1 400"
-            assert stored() == len(content)
+                if len(sockets) > 1:
+                    assert sockets[-2].recv(12) == b"HTTP/1.1 400"
+                wait_until(is_stored)
             # A whole one ends the last of them.
             assert client.upload(examples[0][0].path.read_bytes())[0] == 200
             assert sockets[-1].recv(12) == b"HTTP/1.1 400"
@@ -617,6 +619,13 @@ class TestServer:
         wait_until(lambda: not folder.exists())
         assert "reload" in client.call("on_read")["status"]
         assert client.upload(b"x")[0] == 410
+
+
+def all_routes(router) -> list:
+    """Of a FastAPI application, with those of the routers that it includes, which some versions keep apart."""
+    inner = [getattr(route, "original_router", None) for route in router.routes]
+    plain = [route for route, router in zip(router.routes, inner, strict=True) if router is None]
+    return sum((all_routes(router) for router in inner if router is not None), plain)
 
 
 def wait_until(condition) -> None:
