@@ -30,13 +30,14 @@ _MAX_NAME = 80
 CHUNK_SECONDS = 30.0
 """An upload ends where nothing has come for so long."""
 _CHECK_SECONDS = 0.2
-# What the page asks for, as a browser was seen to; the handlers of events without a queue are called by name.
+# What the page asks for, as a browser was seen to. To stop is the one event that does without the queue: it comes as
+# `run/predict` with its number, and Gradio refuses the numbers of others there.
 _OPEN = {
     "GET": re.compile(
         r"/|/config/?|/theme\.css|/favicon\.ico|/manifest\.json|/(assets|static|svelte)/.+|/visitor/[^/]+/video"
         r"|/gradio_api/(theme\.css|app_id/?|startup-events|queue/data|heartbeat/[^/]+)"
     ),
-    "POST": re.compile(r"/gradio_api/(queue/join|cancel|reset/?|run/on_stop(_\d+)?)"),
+    "POST": re.compile(r"/gradio_api/(queue/join|cancel|reset/?|run/predict)"),
     "PUT": re.compile(r"/visitor/[^/]+/upload"),
 }
 _OPEN["HEAD"] = _OPEN["GET"]

@@ -488,7 +488,7 @@ class TestServer:
         escaped = body.replace("gradio.FileData", "gradio.File\\u0044ata")
         for text in (body, escaped, escaped.encode("utf-16").decode("latin-1"), "no JSON"):
             assert request(f"{server.url}/gradio_api/queue/join", text.encode(), "POST")[0] == 400
-            assert request(f"{server.url}/gradio_api/run/on_stop", text.encode(), "POST")[0] == 400
+            assert request(f"{server.url}/gradio_api/run/predict", text.encode(), "POST")[0] == 400
         for chosen in ({"index": str(path)}, {"index": -1}, {"index": 99}, [str(path)], None):
             assert "no such" in other.call("on_example", event_data=chosen)["status"], chosen
         # By its address, without the secret, and past the routes.
@@ -535,12 +535,18 @@ class TestServer:
         open_ones |= {f"/gradio_api/{name}" for name in [*names, "cancel", "reset"]}
         closed = {route.path for route in known if route.path.removesuffix("/") not in open_ones} - {"/"}
         assert {"/gradio_api/process_recording", "/gradio_api/upload", "/gradio_api/runs", "/openapi.json"} <= closed
-        closed |= {"/gradio_api/run/predict", "/gradio_api/heartbeat/a/b", "/visitor/a", "/x", "//config"}
+        closed |= {"/gradio_api/run/on_stop", "/gradio_api/heartbeat/a/b", "/visitor/a", "/x", "//config"}
         for path in sorted(closed):
             address = server.url + re.sub(r"\{[^}]*\}", "x", path)
             for method, body in (("GET", None), ("POST", b"{}"), ("HEAD", None)):
                 assert request(address, body, method)[0] == 404, (method, path)
         assert request(f"{server.url}/config", b"{}", "POST")[0] == 404
+
+    def test_stopping_is_open(self, client):
+        """As the browser asks for it: by its number, past the queue."""
+        stop = json.dumps({"data": [], "fn_index": client.functions["on_stop"]["id"], "session_hash": client.session})
+        kind = {"Content-Type": "application/json"}
+        assert request(f"{client.url}/gradio_api/run/predict", stop.encode(), "POST", **kind)[0] == 200
 
     def test_a_recording_is_not_processed(self, server):
         body = b"--x\r\nContent-Disposition: form-data; name=video; filename=a\r\n\r\n#EXTM3U\r\n--x--\r\n"
