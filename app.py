@@ -9,6 +9,7 @@ It is a Gradio app in the form of a Hugging Face Space, where `VIDEONSA_PAGE` in
 
 import argparse
 import contextlib
+import math
 import os
 import shlex
 import signal
@@ -20,8 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-# Nothing is told to anyone, and nothing fetched: both are read when Gradio is imported.
+# For all files of the page, and removed when the process ends.
+FOLDER = tempfile.TemporaryDirectory(prefix="videonsa-page-")
+# Nothing is told to anyone, and nothing kept elsewhere: both are read when Gradio is imported.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ["GRADIO_TEMP_DIR"] = os.path.join(FOLDER.name, "gradio")
 
 try:
     import gradio as gr
@@ -30,12 +34,13 @@ except ImportError as error:
 import av  # noqa: E402
 import torch  # noqa: E402
 from starlette.middleware import Middleware  # noqa: E402
+from transformers import PretrainedConfig  # noqa: E402
 
 from page import views  # noqa: E402
 from page.examples import draw_examples  # noqa: E402
 from page.jobs import Jobs  # noqa: E402
 from page.model_room import ModelRoom, Settings  # noqa: E402
-from page.routes import NoFilesByGradio, routes  # noqa: E402
+from page.routes import OnlyThePage, routes  # noqa: E402
 from page.visitors import Limits, Refused, Video, Visitor, Visitors  # noqa: E402
 
 SWEEP_SECONDS = 30
@@ -327,24 +332,48 @@ def parse_arguments() -> argparse.Namespace:
     )
     arguments = parser.parse_args([*shlex.split(os.environ.get("VIDEONSA_PAGE", "")), *sys.argv[1:]])
     for name in ("chunk_tokens", "max_upload_mb", "max_minutes", "max_readings_gb", "idle_minutes"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+        value = getattr(arguments, name)
+        if not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite, got {value}")
     if arguments.examples < 0:
         parser.error(f"--examples must not be negative, got {arguments.examples}")
+    if arguments.port is not None and not 0 <= arguments.port <= 65535:
+        parser.error(f"--port must be 0 to 65535, got {arguments.port}")
     return arguments
+
+
+def limits_of(arguments: argparse.Namespace) -> Limits:
+    """What the arguments of the command allow."""
+    upload_bytes = int(arguments.max_upload_mb * 2**20)
+    return Limits(
+        upload_bytes=upload_bytes,
+        # A visitor's video is there until the next one has come.
+        all_upload_bytes=max(Limits.all_upload_bytes, 2 * upload_bytes),
+        seconds=60 * arguments.max_minutes,
+        all_reading_bytes=int(arguments.max_readings_gb * 2**30),
+        idle_seconds=60 * arguments.idle_minutes,
+    )
+
+
+def check_checkpoint(name: str) -> None:
+    """Before anything of it is loaded.
+
+    Raises:
+        ValueError: it is the checkpoint of another model.
+        OSError: there is none.
+    """
+    model_type = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+    if model_type != "videonsa":
+        raise ValueError(f"--model must be a checkpoint of the model type videonsa, got {name} with {model_type!r}")
 
 
 def main() -> None:
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder is removed
-    limits = Limits(
-        upload_bytes=int(arguments.max_upload_mb * 2**20),
-        seconds=60 * arguments.max_minutes,
-        all_reading_bytes=int(arguments.max_readings_gb * 2**30),
-        idle_seconds=60 * arguments.idle_minutes,
-    )
-    with tempfile.TemporaryDirectory(prefix="videonsa-page-") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = f"{folder}/gradio"  # read when parts of a page are made
+    limits = limits_of(arguments)
+    with FOLDER as folder:
+        os.makedirs(os.environ["GRADIO_TEMP_DIR"])  # some of Gradio expects it
+        check_checkpoint(arguments.model)
         print(f"Loading {arguments.model} on {arguments.device}", flush=True)
         room = ModelRoom(arguments.model, arguments.device, arguments.dtype, arguments.chunk_tokens, limits.waiting)
         print(f"Drawing {arguments.examples} example videos", flush=True)
@@ -371,10 +400,11 @@ def serve(page: Page, host: str | None, port: int | None, share: bool) -> None:
             show_error=False,
             ssr_mode=False,
             footer_links=[],
+            run_history=False,  # no questions and answers in the browser's storage
             theme=theme(),
             css=f".gradio-container, body {{ --font: {FONT} !important; }}\n{_file('page.css')}",
             head=f"<script>{_file('page.js')}</script>",
-            app_kwargs={"routes": routes(page.visitors), "middleware": [Middleware(NoFilesByGradio)]},
+            app_kwargs={"routes": routes(page.visitors), "middleware": [Middleware(OnlyThePage)]},
             quiet=True,
             prevent_thread_lock=True,
             _frontend=False,  # else it gives up where the page does not answer within 3 seconds, on a busy machine

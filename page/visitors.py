@@ -1,5 +1,7 @@
 """What belongs to each visitor of the page, for how long, and how much of it there may be."""
 
+import contextlib
+import os
 import secrets
 import shutil
 import threading
@@ -186,7 +188,8 @@ class Visitors:
 
     def by_key(self, key: str) -> Visitor | None:
         with self._lock:
-            found = [one for one in self._by_session.values() if secrets.compare_digest(one.key, key)]
+            asked = key.encode(errors="replace")  # texts are compared of ASCII alone
+            found = [one for one in self._by_session.values() if secrets.compare_digest(one.key.encode(), asked)]
             if not found:
                 return None
             self.touch(found[0])
@@ -221,11 +224,12 @@ class Visitors:
         """Bytes that a new file of a visitor may have.
 
         Raises:
-            Refused: files of others take too much of the room that there is.
+            Refused: the files of all, the visitor's own included, take too much of the room that there is.
         """
         with self._lock:
-            others = (one for one in self._by_session.values() if one is not visitor)
-            used = sum(one.reserved + sum(file.stat().st_size for file in _files(one.folder)) for one in others)
+            # The visitor's new file takes the place of one that was reserved for before.
+            used = sum(one.reserved for one in self._by_session.values() if one is not visitor)
+            used += sum(_stored_bytes(one.folder) for one in self._by_session.values())
             if self.limits.all_upload_bytes - used < self.limits.upload_bytes:
                 raise Refused("There is no room for another file at the moment. Please try again in a few minutes.")
             visitor.reserved = self.limits.upload_bytes
@@ -299,3 +303,14 @@ class Visitors:
 
 def _files(folder: Path) -> Iterator[Path]:
     return (file for file in folder.glob("*") if file.is_file())
+
+
+def _stored_bytes(folder: Path) -> int:
+    """Of the files in a folder, without those that room is reserved for; they may go while this counts."""
+    total = 0
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.endswith(".part"):
+                with contextlib.suppress(FileNotFoundError):
+                    total += entry.stat().st_size
+    return total

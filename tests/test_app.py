@@ -1,11 +1,19 @@
 """The web page without a browser: who may use what, for how long, and what a client that is no browser gets."""
 
+import asyncio
 import contextlib
 import http.client
 import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -16,14 +24,16 @@ from PIL import Image
 
 pytest.importorskip("gradio", reason="the page needs gradio: pip install -e '.[app]'")
 
+import gradio as gr
 from app_testing import SECONDS, PageClient, PageServer, request
 
 import app
+import page.routes
 from page import views
 from page.examples import draw_examples
 from page.jobs import WENT_WRONG, Jobs, for_visitors
 from page.model_room import Done, Line, LineFull, ModelRoom, Settings, Stopped, Waiting
-from page.routes import container_suffix, shown_name
+from page.routes import container_suffix, is_what_it_seems, shown_name
 from page.visitors import KeptReading, Limits, Refused, Video, Visitors
 from synthetic.drawing import write_video
 from synthetic.scenes import parse_answer
@@ -261,12 +271,29 @@ class TestVisitors:
             (visitors.arrive(name).folder / "film.mp4").write_bytes(bytes(90))
         with pytest.raises(Refused, match="no room"):
             visitors.reserve_upload(visitors.arrive("c"))
-        assert visitors.reserve_upload(visitors.of("a")) == 100  # its own file is replaced
+        with pytest.raises(Refused, match="no room"):
+            visitors.reserve_upload(visitors.of("a"))  # its own file counts too
         visitors.leave("b")
+        assert visitors.reserve_upload(visitors.of("a")) == 100
+        assert visitors.reserve_upload(visitors.of("a")) == 100  # the place of the same new file
         with pytest.raises(Refused, match="no room"):
             visitors.reserve_upload(visitors.of("c"))  # the other's may become as large
         visitors.of("a").reserved = 0
         assert visitors.reserve_upload(visitors.of("c")) == 100
+
+    def test_files_that_go_while_they_are_counted(self, visitors):
+        visitor = visitors.arrive("a")
+        (visitor.folder / "gone.mp4").symlink_to(visitor.folder / "nothing")  # listed, and not there when looked at
+        (visitor.folder / "running.part").write_bytes(bytes(200))  # of the room that is reserved
+        assert visitors.reserve_upload(visitor) == 100
+        shutil.rmtree(visitor.folder)
+        assert visitors.reserve_upload(visitor) == 100
+
+    def test_keys_with_any_letters(self, visitors):
+        visitor = visitors.arrive("a")
+        for key in ("\u00e9", visitor.key + "\u00e9", "\udcff", ""):
+            assert visitors.by_key(key) is None
+        assert visitors.by_key(visitor.key) is visitor
 
     def test_full(self, visitors):
         for number in range(3):
@@ -412,7 +439,19 @@ class TestFiles:
             write_video(path, pictures, fps=25, codec=codec)
         else:
             pytest.skip(f"this PyAV has no {codec}")
-        assert container_suffix(path.read_bytes()[:512]) == ("." + suffix).replace(".mov", ".mp4")
+        found = container_suffix(path.read_bytes()[:512])
+        assert found == ("." + suffix).replace(".mov", ".mp4")
+        # FFmpeg agrees, and with no other kind; to what is broken the reader says no.
+        assert is_what_it_seems(path.rename(tmp_path / f"b{found}"))
+        others = {".mp4", ".avi", ".gif"} - {found}
+        for other in others:
+            assert not is_what_it_seems(Path(shutil.copy(tmp_path / f"b{found}", tmp_path / f"c{other}"))), other
+        (tmp_path / f"d{found}").write_bytes(bytes(100))
+        assert is_what_it_seems(tmp_path / f"d{found}")
+
+    def test_large_boxes(self):
+        assert container_suffix(b"\0\0\0\1mdat" + bytes(8)) == ".mp4"  # its size follows
+        assert container_suffix(b"\x20\0\0\0mdat") == ".mp4"
 
     @pytest.mark.parametrize(
         "content",
@@ -425,6 +464,10 @@ class TestFiles:
             b"GIF",
             b"RIFF\0\0\0\0WAVE",
             b"",
+            b"<!--skip-->\n<MPD xmlns='urn:mpeg:dash:schema:mpd:2011'></MPD>",
+            b"#wd\nfree text",
+            b"\xff\xff\xff\xffskip",
+            b"\0\0\0\7free",
         ],
         ids=repr,
     )
@@ -551,6 +594,74 @@ class TestServer:
         assert answer[0] == status and said in answer[1]["error"] and "film.mp4" in answer[1]["error"]
         assert not [file for folder in server.visitor_folders for file in folder.iterdir() if folder.name == client.key]
 
+    def test_everything_else_is_closed(self, server):
+        """Every address that this version of Gradio has, and that the page does without."""
+        with gr.Blocks() as blocks:
+            gr.HTML("")
+        known = all_routes(gr.routes.App.create_app(blocks))
+        open_ones = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json"}
+        open_ones |= {"/static/{path:path}", "/assets/{path:path}", "/svelte/{path:path}"}
+        names = ["app_id", "startup-events", "theme.css", "heartbeat/{session_hash}", "queue/data", "queue/join"]
+        open_ones |= {f"/gradio_api/{name}" for name in [*names, "cancel", "reset"]}
+        closed = {route.path for route in known if route.path.removesuffix("/") not in open_ones} - {"/"}
+        assert {"/gradio_api/process_recording", "/gradio_api/upload", "/gradio_api/runs", "/openapi.json"} <= closed
+        closed |= {"/gradio_api/run/on_stop", "/gradio_api/heartbeat/a/b", "/visitor/a", "/x", "//config"}
+        for path in sorted(closed):
+            address = server.url + re.sub(r"\{[^}]*\}", "x", path)
+            for method, body in (("GET", None), ("POST", b"{}"), ("HEAD", None)):
+                assert request(address, body, method)[0] == 404, (method, path)
+        assert request(f"{server.url}/config", b"{}", "POST")[0] == 404
+
+    def test_stopping_is_open(self, client):
+        """As the browser asks for it: by its number, past the queue."""
+        stop = json.dumps({"data": [], "fn_index": client.functions["on_stop"]["id"], "session_hash": client.session})
+        kind = {"Content-Type": "application/json"}
+        assert request(f"{client.url}/gradio_api/run/predict", stop.encode(), "POST", **kind)[0] == 200
+
+    def test_a_recording_is_not_processed(self, server):
+        body = b"--x\r\nContent-Disposition: form-data; name=video; filename=a\r\n\r\n#EXTM3U\r\n--x--\r\n"
+        kind = {"Content-Type": "multipart/form-data; boundary=x"}
+        assert request(f"{server.url}/gradio_api/process_recording", body, "POST", **kind)[0] == 404
+
+    def test_nothing_is_recorded(self, server):
+        assert json.loads(request(f"{server.url}/config")[1])["run_history"] is False
+
+    def test_keys_of_other_letters(self, server):
+        for key in ("%C3%A9", "%FF", "%00"):
+            assert request(f"{server.url}/visitor/{key}/video")[0] == 404
+
+    def test_a_visitor_has_one_upload_at_a_time(self, client, server, examples):
+        """Each promises a byte more than it sends; all but the last are ended, and their bytes are gone."""
+        (folder,) = server.temporary.glob(f"videonsa-page-*/visitors/{client.key}")
+        content = b"\0\0\0\x18ftypisom" + bytes((1 << 18) - 12)
+        head = f"PUT /visitor/{client.key}/upload HTTP/1.1\r\nHost: a\r\nContent-Length: {len(content) + 1}\r\n\r\n"
+
+        def stored():
+            return sum(file.stat().st_size for file in folder.iterdir())
+
+        def is_stored():
+            with contextlib.suppress(FileNotFoundError):  # the one before goes
+                return stored() == len(content)
+
+        with contextlib.ExitStack() as stack:
+            sockets = []
+            for _ in range(6):
+                sockets.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), SECONDS)))
+                sockets[-1].sendall(head.encode() + content)
+                if len(sockets) > 1:
+                    assert sockets[-2].recv(12) == b"HTTP/1.1 400"
+                wait_until(is_stored)
+            # A whole one ends the last of them.
+            assert client.upload(examples[0][0].path.read_bytes())[0] == 200
+            assert sockets[-1].recv(12) == b"HTTP/1.1 400"
+            assert [file.suffix for file in folder.iterdir()] == [".mp4"]
+            # And leaving ends one that has stalled.
+            sockets.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), SECONDS)))
+            sockets[-1].sendall(head.encode() + content)
+            wait_until(lambda: any(file.suffix == ".part" for file in folder.iterdir()))
+            client.leave()
+            assert sockets[-1].recv(12) == b"HTTP/1.1 400" and not folder.exists()
+
     def test_a_large_body_without_its_length(self, client, server):
         """Chunks, as of somebody who does not tell how much is to come."""
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
@@ -581,21 +692,98 @@ class TestServer:
         folder = next(folder for folder in server.visitor_folders if folder.name == client.key)
         assert list(folder.iterdir())
         client.leave()
-        end = time.monotonic() + SECONDS
-        while folder.exists():
-            assert time.monotonic() < end, "the files of a visitor who left are still there"
-            time.sleep(0.1)
+        wait_until(lambda: not folder.exists())
         assert "reload" in client.call("on_read")["status"]
         assert client.upload(b"x")[0] == 410
+
+
+def all_routes(router) -> list:
+    """Of a FastAPI application, with those of the routers that it includes, which some versions keep apart."""
+    inner = [getattr(route, "original_router", None) for route in router.routes]
+    plain = [route for route, router in zip(router.routes, inner, strict=True) if router is None]
+    return sum((all_routes(router) for router in inner if router is not None), plain)
+
+
+def wait_until(condition) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.02)
+
+
+def test_a_stalled_upload_ends(tmp_path, monkeypatch):
+    """Nothing comes any more of what its sender wants on."""
+    monkeypatch.setattr(page.routes, "CHUNK_SECONDS", 0.3)
+    visitors = Visitors(tmp_path, Limits())
+    visitor = visitors.arrive("a")
+    messages = iter([{"type": "http.request", "body": b"\0\0\0\x18ftypisom", "more_body": True}])
+    sent = []
+
+    async def receive():
+        return next(messages, None) or await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "PUT",
+        "path": f"/visitor/{visitor.key}/upload",
+        "query_string": b"",
+        "headers": [],
+    }
+    upload = page.routes.routes(visitors)[0]
+    asyncio.run(upload.handle(scope | {"path_params": {"key": visitor.key}}, receive, send))
+    assert sent[0]["status"] == 408 and not list(visitor.folder.iterdir()) and visitor.reserved == 0
 
 
 def views_text(shown: str) -> str:
     return shown.split("<p>")[1].split("</p>")[0]
 
 
-@pytest.mark.parametrize("arguments", [["--max-minutes", "0"], ["--examples", "-1"], ["--share", "maybe"]], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--max-minutes", "0"],
+        ["--examples", "-1"],
+        ["--share", "maybe"],
+        ["--max-upload-mb", "inf"],
+        ["--max-readings-gb", "nan"],
+        ["--port", "99999999"],
+        ["--port", "-1"],
+    ],
+    ids=str,
+)
 def test_wrong_arguments_are_told_before_anything_is_loaded(arguments, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["app.py", *arguments])
     with pytest.raises(SystemExit):
         app.main()
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_large_uploads_have_room(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["app.py", "--max-upload-mb", "5120"])
+    visitors = Visitors(tmp_path, app.limits_of(app.parse_arguments()))
+    assert visitors.reserve_upload(visitors.arrive("a")) == 5120 << 20
+
+
+def test_only_checkpoints_of_this_model(tmp_path):
+    app.check_checkpoint(str(TINY))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    with pytest.raises(ValueError, match=r"--model .* videonsa, got .* 'qwen2_5_vl'"):
+        app.check_checkpoint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="None"):
+        app.check_checkpoint(str(tmp_path))
+    with pytest.raises(OSError, match="nothing-here"):
+        app.check_checkpoint(str(tmp_path / "nothing-here"))
+
+
+def test_gradio_keeps_its_files_in_the_folder_of_the_page():
+    """It reads where to at its import, so that this asks a process of its own."""
+    code = "import app, gradio.routes, os; print(gradio.routes.DEFAULT_TEMP_DIR, app.FOLDER.name, sep=os.linesep)"
+    environment = os.environ | {"GRADIO_TEMP_DIR": "/elsewhere"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    gradios, folder = map(Path, done.stdout.split())
+    assert folder in gradios.parents and not folder.exists()
