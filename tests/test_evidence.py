@@ -389,6 +389,20 @@ def test_media_that_moved(model, processor, tmp_path):
         model.load_reading(tmp_path / "kept", processor).ask("?", evidence=True)
 
 
+def test_frames_in_memory_that_have_changed(model, processor):
+    """As a camera's buffer, which is used again."""
+    film = np.ascontiguousarray(pictures(8))
+    reading = model.read(processor, user([{"type": "video", "video": film, "fps": 2}]), progress=False)
+    evidence, before = reading.ask("?", max_new_tokens=1, evidence=True).evidence, film.copy()
+    shown = [np.asarray(frame.image) for frame in evidence.frames(2)]
+    film[:] = 0
+    for picture in (evidence.frames, evidence.second_hop):
+        with pytest.raises(ValueError, match=r"the ndarray that was read is not there, or has changed"):
+            picture(1)
+    again = evidence.frames(2, video=before)
+    assert all(map(np.array_equal, shown, (np.asarray(frame.image) for frame in again)))
+
+
 def test_footage_that_was_added(model, processor, tmp_path):
     """Its times go on; a file's frames are found again, those of a camera with a recording of the whole."""
     film = np.ascontiguousarray(pictures(30))
