@@ -1,8 +1,11 @@
 """What the tests of the lmms-eval plugin share: a checkpoint, a drawn benchmark, and tasks as Python objects."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import ROOT, build_model
 from lmms_eval import evaluator
@@ -29,6 +32,22 @@ def draw(folder: Path) -> Path:
     """A folder to start lmms-eval in: two videos of 16 and two of 32 seconds."""
     draw_benchmark(folder / "eval" / "data", lengths=(16, 32), videos=2, fps=2)
     return folder
+
+
+@contextmanager
+def folder_of_benchmark(folder: Path) -> Iterator[Path]:
+    """Inside, `folder` is what lmms-eval runs in, and $HF_HOME; with what `draw` draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw(folder)
+        patch.chdir(folder)
+        patch.setenv("HF_HOME", str(folder))
+        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
+        yield folder
+
+
+def make_task_manager() -> TaskManager:
+    """Knows all of lmms-eval's tasks, and the local ones."""
+    return TaskManager("ERROR", include_path=str(TASKS), model_name="videonsa")
 
 
 def make_model(checkpoint: Path, *, simple: bool = False, **arguments) -> VideoNSA:

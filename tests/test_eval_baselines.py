@@ -5,8 +5,17 @@ import sys
 
 import pytest
 import torch
-from eval_testing import TASKS, about, answers, draw, evaluate, make_model, request, save_checkpoint
-from lmms_eval.tasks import TaskManager
+from eval_testing import (
+    TASKS,
+    about,
+    answers,
+    evaluate,
+    folder_of_benchmark,
+    make_model,
+    make_task_manager,
+    request,
+    save_checkpoint,
+)
 from test_eval_tasks import STAND_INS, stand_in
 from tiny_random import save_tiny_qwen2_5_vl
 
@@ -34,17 +43,13 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = draw(tmp_path_factory.mktemp("drawn"))
-        patch.chdir(folder)
-        patch.setenv("HF_HOME", str(folder))
-        patch.setenv("LMMS_EVAL_DATASETS_CACHE", str(folder / "cache"))
+    with folder_of_benchmark(tmp_path_factory.mktemp("drawn")) as folder:
         yield folder
 
 
 @pytest.fixture(scope="module")
 def task_manager(drawn):
-    return TaskManager("ERROR", include_path=str(TASKS), model_name="videonsa")
+    return make_task_manager()
 
 
 @pytest.mark.parametrize("method", SMALL)
