@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-
-from .reduction import Choice, TokenReduction, top
+from .reduction import Choice, TokenReduction, most_attended
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,5 @@ class FastV(TokenReduction):
         return {self.layer: self._choose}
 
     def _choose(self, prompt, layer) -> Choice:
-        received = prompt.received(layer, self.queries == "last").masked_fill(~prompt.is_vision, -torch.inf)
-        keep = prompt.valid & ~prompt.is_vision
-        for sample, count in enumerate(prompt.is_vision.sum(1).tolist()):
-            keep[sample] |= top(received[sample], count - int(self.ratio * count))
-        return Choice(keep)
+        received = prompt.received(layer, self.queries == "last")
+        return most_attended(prompt, received, lambda number: number - int(self.ratio * number))

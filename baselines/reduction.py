@@ -7,7 +7,7 @@ layers see the tokens that are left, with the positions that they had, and their
 
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -97,6 +97,13 @@ class Prompt:
         key = attention.k_proj(vectors).view(shape).transpose(1, 2)
         return qwen.apply_rotary_pos_emb(query, key, *self.rotation)
 
+    def units(self) -> Iterator[tuple[int, Tensor]]:
+        """(sample, rows) of every image and every step of a video."""
+        for sample, units in enumerate(self.unit):
+            for unit in units.unique().tolist():
+                if unit >= 0:
+                    yield sample, (units == unit).nonzero()[:, 0]
+
     def received(self, layer: nn.Module, last_only: bool) -> Tensor:
         """Attention that each row gets in the layer before, a mean over heads: (batch, length).
 
@@ -132,6 +139,15 @@ class Seen:
 
     def take(self, index: Tensor) -> "Seen":
         return Seen(self.received[index], self.keys[index], self.window[index])
+
+
+def most_attended(prompt: Prompt, received: Tensor, count: Callable[[int], int]) -> Choice:
+    """Of every sample's vision tokens those that received most, `count` of their number; all text stays."""
+    received = received.masked_fill(~prompt.is_vision, -torch.inf)
+    keep = prompt.valid & ~prompt.is_vision
+    for sample, number in enumerate(prompt.is_vision.sum(1).tolist()):
+        keep[sample] |= top(received[sample], count(number))
+    return Choice(keep)
 
 
 def top(scores: Tensor, count: int) -> Tensor:

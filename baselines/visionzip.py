@@ -48,20 +48,16 @@ class VisionZip(TokenReduction):
         (seen,) = prompt.seen.values()
         keep = prompt.valid & ~prompt.is_vision
         into = torch.arange(keep.shape[1], device=keep.device).expand_as(keep).clone()
-        for sample in range(len(keep)):
-            for unit in prompt.unit[sample].unique().tolist():
-                if unit < 0:
-                    continue
-                rows = (prompt.unit[sample] == unit).nonzero()[:, 0]
-                of_unit = seen.take(prompt.number[sample, rows])
-                is_dominant = top(of_unit.received, max(1, round(self.dominant * len(rows))) if self.dominant else 0)
-                rest = (~is_dominant).nonzero()[:, 0]
-                count = min(len(rest), round(self.contextual * len(rows)))
-                keep[sample, rows[is_dominant]] = True
-                if count:
-                    targets = rest[torch.arange(count, device=rest.device) * len(rest) // count]
-                    keep[sample, rows[targets]] = True
-                    chosen = targets[most_similar(of_unit.keys[rest], of_unit.keys[targets])]
-                    chosen[(rest[:, None] == targets).any(1)] = targets  # a target is its own
-                    into[sample, rows[rest]] = rows[chosen]
+        for sample, rows in prompt.units():
+            of_unit = seen.take(prompt.number[sample, rows])
+            is_dominant = top(of_unit.received, max(1, round(self.dominant * len(rows))) if self.dominant else 0)
+            rest = (~is_dominant).nonzero()[:, 0]
+            count = min(len(rest), round(self.contextual * len(rows)))
+            keep[sample, rows[is_dominant]] = True
+            if count:
+                targets = rest[torch.arange(count, device=rest.device) * len(rest) // count]
+                keep[sample, rows[targets]] = True
+                chosen = targets[most_similar(of_unit.keys[rest], of_unit.keys[targets])]
+                chosen[(rest[:, None] == targets).any(1)] = targets  # a target is its own
+                into[sample, rows[rest]] = rows[chosen]
         return Choice(keep, into)

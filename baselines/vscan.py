@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from .reduction import Choice, TokenReduction, most_similar, top
+from .reduction import Choice, TokenReduction, most_attended, most_similar, top
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,15 @@ class VScan(TokenReduction):
         shallow, deep = prompt.seen[min(prompt.seen)], prompt.seen[max(prompt.seen)]
         keep = prompt.valid & ~prompt.is_vision
         into = torch.arange(keep.shape[1], device=keep.device).expand_as(keep).clone()
-        for sample in range(len(keep)):
-            for unit in prompt.unit[sample].unique().tolist():
-                if unit < 0:
-                    continue
-                rows = (prompt.unit[sample] == unit).nonzero()[:, 0]
-                numbers = prompt.number[sample, rows]
-                of_all, of_windows = deep.take(numbers), shallow.take(numbers)
-                count = max(1, round(self.keep * len(rows)))
-                chosen = top(of_all.received, -(-count // 2))
-                chosen |= top(self._by_window(of_windows, chosen), count - int(chosen.sum()))
-                rest, targets = (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
-                keep[sample, rows[targets]] = True
-                into[sample, rows[rest]] = rows[targets[most_similar(of_all.keys[rest], of_all.keys[targets])]]
+        for sample, rows in prompt.units():
+            numbers = prompt.number[sample, rows]
+            of_all, of_windows = deep.take(numbers), shallow.take(numbers)
+            count = max(1, round(self.keep * len(rows)))
+            chosen = top(of_all.received, -(-count // 2))
+            chosen |= top(self._by_window(of_windows, chosen), count - int(chosen.sum()))
+            rest, targets = (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
+            keep[sample, rows[targets]] = True
+            into[sample, rows[rest]] = rows[targets[most_similar(of_all.keys[rest], of_all.keys[targets])]]
         return Choice(keep, into)
 
     @staticmethod
@@ -80,8 +76,5 @@ class VScan(TokenReduction):
         return (received / (1 + seen.received.max()) - rank).masked_fill(is_taken, -torch.inf)
 
     def _prune(self, prompt, layer) -> Choice:
-        received = prompt.received(layer, last_only=True).masked_fill(~prompt.is_vision, -torch.inf)
-        keep = prompt.valid & ~prompt.is_vision
-        for sample, count in enumerate(prompt.is_vision.sum(1).tolist()):
-            keep[sample] |= top(received[sample], round(self.keep_middle * count))
-        return Choice(keep)
+        received = prompt.received(layer, last_only=True)
+        return most_attended(prompt, received, lambda number: round(self.keep_middle * number))
