@@ -27,11 +27,10 @@ import torch
 
 from . import views
 from .model_room import Done, LineFull, ModelRoom, Settings, Stopped, Waiting
-from .visitors import KeptReading, Refused, Video, Visitor, Visitors
+from .visitors import BUSY, KeptReading, Refused, Video, Visitor, Visitors
 
 logger = logging.getLogger("videonsa.page")
 STOPPING_SECONDS = 60
-BUSY = "One thing at a time: something is still running for you."
 WENT_WRONG = "Something went wrong on the server. Please try again."
 
 
@@ -61,11 +60,9 @@ class Jobs:
         Raises:
             Refused: it cannot be read, or is beyond the limits.
         """
+        check_pixels(video.path, self.limits.pixels)
         try:
-            check_pixels(video.path, self.limits.pixels)
             plan = self.room.plan(video.path, settings)
-        except Refused:
-            raise
         except ValueError as error:
             raise Refused(for_visitors(error, video)) from error
         except Exception as error:

@@ -6,12 +6,14 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .model_room import Settings
+
+BUSY = "One thing at a time: something is still running for you."
 
 
 @dataclass(frozen=True)
@@ -262,8 +264,7 @@ class Visitors:
             dropped = [one for one in visitor.readings if one.label == kept.label]
             while len(others) >= self.limits.readings:
                 dropped.append(others.pop(0))
-            for one in dropped:
-                one.reading = None
+            _drop(dropped)
             visitor.readings[:] = others
             self.make_room(kept.bytes)
             visitor.readings.append(kept)
@@ -278,27 +279,33 @@ class Visitors:
             if visitor.is_gone:
                 raise Refused("You have left.")
             if visitor.busy.locked() and not visitor.stop.is_set():
-                raise Refused("One thing at a time: something is still running for you.")
+                raise Refused(BUSY)
             visitor.stop = threading.Event()
             return visitor.stop
 
     def make_room(self, size: int) -> None:
         """Drop readings, those of whoever was seen last longest ago first, so that one of `size` bytes has room.
 
-        What waits to be asked is dropped too: `KeptReading.reading` is `None` then. To be called when nothing is asked.
+        What waits to be asked is dropped too: `KeptReading.reading` is `None` then. Whoever is answered goes on.
         """
         with self._lock:
             excess = self.reading_bytes + size - self.limits.all_reading_bytes
             for one in sorted(self._by_session.values(), key=lambda one: one.last_seen):
                 while excess > 0 and one.readings:
-                    dropped = one.readings.pop(0)
-                    dropped.reading = None
-                    excess -= dropped.bytes
+                    oldest = one.readings.pop(0)
+                    _drop([oldest])
+                    excess -= oldest.bytes
 
     @property
     def reading_bytes(self) -> int:
         with self._lock:
             return sum(kept.bytes for one in self._by_session.values() for kept in one.readings)
+
+
+def _drop(readings: Iterable[KeptReading]) -> None:
+    """Let go of the caches, whoever waits to ask them."""
+    for one in readings:
+        one.reading = None
 
 
 def _files(folder: Path) -> Iterator[Path]:
