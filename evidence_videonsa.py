@@ -436,26 +436,6 @@ def text_shares(model, queries: Sequence[Tensor], layers, segments: Tensor, coun
     return total / total.sum(1, keepdim=True)
 
 
-def head_sums(
-    query: Tensor,
-    keys: Tensor,
-    segments: Tensor,
-    count: int,
-    first: int,
-    scaling: float,
-    values: Tensor | None = None,
-) -> Tensor:
-    """Sums over segments of the causal softmax attention of a layer's text rows: (num_heads, rows, count).
-
-    Arguments as of `head_tiles`; float32, or more where the keys have more.
-    """
-    num_heads, rows = query.shape[1:3]
-    result = torch.empty(keys.shape[1], num_heads // keys.shape[1], rows, count, dtype=precise(keys))
-    for head, part, sums in head_tiles(query, keys, segments, count, first, scaling, values):
-        result[head, :, part] = sums.cpu()
-    return result.flatten(0, 1)
-
-
 def head_tiles(
     query: Tensor,
     keys: Tensor,
@@ -465,7 +445,9 @@ def head_tiles(
     scaling: float,
     values: Tensor | None = None,
 ) -> Iterator[tuple[int, slice, Tensor]]:
-    """`head_sums` a tile at a time, so that memory is that of a tile, however many rows and keys there are.
+    """Sums over segments of the causal softmax attention of a layer's text rows, some rows of some heads at a time.
+
+    Memory is that of a tile, however many rows and keys there are.
 
     Args:
         query: (1, num_heads, rows, head_dim), rotated, of the tokens at positions first, first + 1, ...

@@ -14,12 +14,12 @@ CPU seconds of one process, the fastest of the repeats: wall time on a machine t
 import argparse
 import datetime
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 
 import torch
+from bench_cpu import describe_cpu
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -85,8 +85,8 @@ def main() -> None:
     result = {
         "command": " ".join(sys.argv),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {arguments.threads} threads",
-        "torch": torch.__version__,
+        "machine": describe_cpu("torch"),
+        "threads": arguments.threads,
         "shapes": {"heads": HEADS, "kv_heads": 1, "head_dim": HEAD_DIM, "dtype": "float32"},
         "runs": [],
     }

@@ -20,8 +20,6 @@ import argparse
 import datetime
 import json
 import math
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -34,13 +32,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "checkpoints"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
-from bench_cpu import cpu_model  # noqa: E402
+from bench_cpu import describe_cpu  # noqa: E402
 from evaluate_tiny import BATCH, load  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from evidence_videonsa import evidence_observer, head_sums, segments_of, text_shares  # noqa: E402
+from evidence_videonsa import evidence_observer, head_tiles, segments_of, text_shares  # noqa: E402
 from generation_videonsa import CACHE_NAME  # noqa: E402
+from kv_budget_videonsa import precise  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from second_hop_videonsa import selected_blocks  # noqa: E402
 from synthetic.drawing import draw_card, write_scene  # noqa: E402
@@ -72,6 +70,15 @@ class Seen:
     @property
     def moments(self) -> int:
         return self.shares.shape[1] - 2
+
+
+def head_sums(query: torch.Tensor, keys: torch.Tensor, segments: torch.Tensor, count: int, *rest) -> torch.Tensor:
+    """All that `head_tiles` gives: (num_heads, rows, count)."""
+    num_heads, rows = query.shape[1:3]
+    result = torch.empty(keys.shape[1], num_heads // keys.shape[1], rows, count, dtype=precise(keys))
+    for head, part, sums in head_tiles(query, keys, segments, count, *rest):
+        result[head, :, part] = sums.cpu()
+    return result.flatten(0, 1)
 
 
 @torch.no_grad()
@@ -400,8 +407,7 @@ def main() -> None:
         results["cost"] = cost(model, processor)
         print(json.dumps(results["cost"], indent=1))
     if arguments.output:
-        machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
-        machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        machine = describe_cpu("torch", "transformers")
         settings = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
         record = {
             "date": datetime.date.today().isoformat(),

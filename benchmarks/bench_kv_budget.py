@@ -14,8 +14,6 @@ method needs more than a share has, the table has a dash.
 import argparse
 import datetime
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -26,8 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "checkpoints"), str(ROOT / "benchmarks")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
-from bench_cpu import cpu_model  # noqa: E402
+from bench_cpu import describe_cpu  # noqa: E402
 from evaluate_tiny import load  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -180,8 +177,7 @@ def main() -> None:
     accuracy = measure(arguments.checkpoint, arguments.seed, arguments.seconds, arguments.videos, arguments.window)
     print(to_table(accuracy))
     if arguments.output:
-        machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
-        machine |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        machine = describe_cpu("torch", "transformers")
         settings = {name: str(value) for name, value in vars(arguments).items() if name != "output"}
         record = {
             "date": datetime.date.today().isoformat(),

@@ -14,18 +14,16 @@ import datetime
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from bench_cpu import cpu_model
+from bench_cpu import describe_cpu
 from published_sizes import published_config
 from tqdm import tqdm
 
@@ -166,8 +164,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", "benchmarks/bench_long_video.py", *sys.argv[1:]]),
         "environment": {name: value for name, value in os.environ.items() if name.startswith(("OMP_", "MALLOC_"))},
-        "machine": {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "av")},
+        "machine": describe_cpu("torch", "transformers", "av"),
         "threads": arguments.threads,
         "rows": [],
     }

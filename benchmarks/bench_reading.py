@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
-from bench_cpu import cpu_model
+from bench_cpu import describe_cpu
 
 from files_videonsa import FileClip
 
@@ -133,10 +132,9 @@ def main() -> None:
         print(json.dumps(measure(reader, path, float(fps), arguments.minutes)))
         return
     film = {"minutes": arguments.minutes, "width": arguments.width, "height": arguments.height, "fps": RATE}
-    versions = {name: version(name) for name in ("av", "decord", "torch", "torchvision")}
+    machine = describe_cpu("av", "decord", "torch", "torchvision")
     with contextlib.suppress(PackageNotFoundError):
-        versions["torchcodec"] = version("torchcodec")
-    machine = {"cpu": cpu_model(), "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+        machine["torchcodec"] = version("torchcodec")
     results = {"date": datetime.date.today().isoformat(), "machine": machine, "film": film, "rows": []}
     with tempfile.TemporaryDirectory() as folder:
         film = Path(folder) / "film.mp4"

@@ -55,6 +55,18 @@ def build_model(dtype=torch.float64, seed=0, attn_implementation="sdpa", text=No
     return model.to(dtype).eval()
 
 
+def noisy_checkpoint() -> VideoNSAForConditionalGeneration:
+    """The small checkpoint in float64 with noise, so that heads differ and it says something else of every video."""
+    model = VideoNSAForConditionalGeneration.from_pretrained(ROOT / "checkpoints" / "tiny", dtype=torch.float64).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * weight.std(), alpha=0.7)
+    # Tokens that differ, as many as are asked for.
+    model.generation_config.update(no_repeat_ngram_size=1, eos_token_id=10**6)
+    return model
+
+
 def build_released(dtype=torch.float64, text=None, **options):
     """`build_model` with `nsa_variant="released"`, which wants 28 heads."""
     shape = {"hidden_size": 448, "intermediate_size": 64, "num_attention_heads": 28, "num_key_value_heads": 4}

@@ -8,13 +8,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from bench_evidence import head_sums
+from conftest import ROOT, noisy_checkpoint
 from PIL import Image
 from transformers import DynamicCache, QuantizedCache, TextStreamer
 
 import evidence_videonsa
 import modeling_videonsa
-from evidence_videonsa import Evidence, head_sums, segments_of
+from evidence_videonsa import Evidence, segments_of
 from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSAForConditionalGeneration
 from processing_videonsa import VideoNSAProcessor
@@ -36,14 +37,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def shared_model():
-    """The small checkpoint with noise, so that layers and heads differ and it says something of any video."""
-    model = VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * weight.std(), alpha=0.7)
-    model.generation_config.update(no_repeat_ngram_size=1, eos_token_id=10**6)
-    return model
+    return noisy_checkpoint()
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import ROOT, build_released
+from conftest import ROOT, build_released, noisy_checkpoint
 from transformers import AutoModel, DynamicCache, GenerationConfig, QuantizedCache, TextIteratorStreamer
 
 from cache_videonsa import RoomyCache
@@ -32,14 +32,7 @@ def processor():
 
 @pytest.fixture
 def model():
-    """The small checkpoint with noise, so that it says something else of every video."""
-    model = VideoNSAForConditionalGeneration.from_pretrained(TINY, dtype=torch.float64).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator, dtype=weight.dtype) * weight.std(), alpha=0.7)
-    model.generation_config.update(no_repeat_ngram_size=1, eos_token_id=10**6)
-    return model
+    return noisy_checkpoint()
 
 
 def frames(count: int, seed: int = 0, height: int = 56, width: int = 84) -> np.ndarray:
