@@ -44,13 +44,16 @@ def text_inputs(query: Tensor, key: Tensor, value: Tensor, run: routing.TextRun)
 
 def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: routing.VisionRouting) -> Tensor:
     """Both kinds of rows where they came from: (batch, q_len, num_heads, head_dim). Padding rows are zero."""
-    if isinstance(where.vision_rows[1], slice):  # of one prompt without padding, rows follow each other in runs
+    is_whole = len(vision) + sum(map(len, text)) == query.shape[0] * query.shape[2]
+    if is_whole and isinstance(where.vision_rows[1], slice):  # one prompt without padding: its rows are in runs
         starts = where.vision_rows[1].start, *(run.start for run in where.text_runs)
         parts = sorted(zip(starts, (vision, *text), strict=True), key=itemgetter(0))
         return torch.cat([rows for _, rows in parts])[None]
-    rows = [torch.cat(pair) for pair in zip(where.vision_rows, where.text_rows, strict=True)]
     output = query.new_zeros(query.shape[0], query.shape[2], *vision.shape[1:])
-    return output.index_put_(rows, torch.cat([vision, *text]))
+    output[where.vision_rows] = vision
+    if text:
+        output[where.text_rows] = torch.cat(text)
+    return output
 
 
 def attend_text(query, key, value, implementation: str, scaling: float, backend: str, module=None, **kwargs):

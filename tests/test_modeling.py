@@ -26,6 +26,7 @@ import modeling_videonsa
 from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSAAttention
 from nsa_kernels import reference, text_rows, utils
+from nsa_kernels.layer import place_rows
 from nsa_kernels.routing import VisionRouting
 
 VIDEO = ("video", 10, 4, 4)  # 40 tokens, 10 blocks of 4: far more than the 2 that a token selects
@@ -389,6 +390,15 @@ def test_routing_moves_whole():
     )  # slices of the unpadded sample stay
     assert all(tensor.device.type == "meta" for tensor in tensors if isinstance(tensor, torch.Tensor))
     assert moved.lengths.offsets_q == (0, 3, 6)
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_rows_that_complete_a_share_are_zero(extra):
+    """Sequence parallelism completes the last share of the tokens with rows that the routing does not know."""
+    where = VisionRouting.build(torch.tensor([[0, 2, 2, 2, 0, 0]]), None, 0)
+    rows = torch.arange(1.0, 7.0)[:, None, None].expand(6, 2, 4)  # [row, num_heads, head_dim], of its number
+    placed = place_rows(torch.empty(1, 2, 6 + extra, 4), rows[1:4], [rows[:1], rows[4:]], where)
+    assert placed[0, :, 1, 3].tolist() == [1, 2, 3, 4, 5, 6, 0][: 6 + extra]
 
 
 def test_new_gates_start_at_one_half():

@@ -91,10 +91,9 @@ class SequenceParallel:
             starts = sample_starts(position_ids) if mask is None else None
             types = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             routing = VisionRouting.build(types, mask, 0, starts, needs_vision=False)
-        sample, row = routing.vision_rows
-        length = -(-embeds.shape[1] // self.size)
-        is_here = row // length == self.rank
-        self._vision_rows = sample[is_here], row[is_here] - self.rank * length
+        is_vision = torch.zeros(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+        is_vision[routing.vision_rows] = True
+        self._vision_rows = self.share(is_vision).nonzero(as_tuple=True)
         return args, {
             **kwargs,
             "inputs_embeds": self.share(embeds),
