@@ -1,0 +1,169 @@
+"""What the analyses' commands have in common: a checkpoint and questions in, a JSON file and a plot out."""
+
+import argparse
+import datetime
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from lmms_eval.utils import simple_parse_args_string
+from matplotlib.figure import Figure
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
+
+from benchmarks.bench_cpu import describe_cpu
+from modeling_videonsa import VideoNSAForConditionalGeneration
+from processing_videonsa import VideoNSAProcessor
+
+from .questions import Question, load
+
+Z = 1.96
+"""Of a two-sided interval of 95 %."""
+BRANCH_COLOURS = {"compression": "tab:blue", "selection": "tab:orange", "window": "tab:green", "dense": "tab:gray"}
+
+
+@dataclass
+class Setting:
+    """What every analysis runs on.
+
+    Attributes:
+        model, processor: as `load_model` returns them.
+        questions: what is asked.
+        video_options: keywords of `processor.apply_chat_template`, such as fps.
+        batch_size: of prompts that are answered together.
+    """
+
+    model: Any
+    processor: Any
+    questions: Sequence[Question]
+    video_options: dict[str, Any]
+    batch_size: int = 1
+
+
+def load_model(checkpoint: str | Path, dtype: str = "auto", device: str = "cpu", **settings) -> tuple[Any, Any]:
+    """A model and its processor: VideoNSA's by the classes here, any other's, such as Qwen2.5-VL's, by transformers'.
+
+    Args:
+        settings: of the configuration, such as nsa_mode="dense".
+    """
+    checkpoint = str(checkpoint)
+    config = json.loads(Path(cached_file(checkpoint, "config.json")).read_text())
+    is_ours = config.get("model_type") == "videonsa"
+    model_class = VideoNSAForConditionalGeneration if is_ours else AutoModelForImageTextToText
+    processor_class = VideoNSAProcessor if is_ours else AutoProcessor
+    model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device, **settings).eval()
+    return model, processor_class.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def wilson(right: int, total: int) -> tuple[float, float]:
+    """Wilson's interval of 95 % of a share (Wilson 1927)."""
+    if total < 1:
+        raise ValueError(f"`total` must be positive, got {total!r}")
+    share, square = right / total, Z * Z / total
+    centre, half = share + square / 2, Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float], groups: Sequence[Any]) -> dict[str, float]:
+    """The mean of `first - second`, and its interval of 95 %, where values of one group may hang together.
+
+    The interval is a normal one from the sums of groups (the sandwich estimator for a mean of clusters).
+
+    Args:
+        first, second: scores of the same questions.
+        groups: for each question, such as its video.
+    """
+    if not len(first) == len(second) == len(groups) or not len(first):
+        raise ValueError(
+            f"`first`, `second`, `groups` must be of one length, got {[len(first), len(second), len(groups)]}"
+        )
+    differences = np.asarray(first, float) - np.asarray(second, float)
+    mean, sums = float(differences.mean()), {}
+    for group, difference in zip(groups, differences, strict=True):
+        sums[group] = sums.get(group, 0.0) + difference - mean
+    count = len(sums)
+    spread = math.sqrt(sum(value * value for value in sums.values()) * count / max(1, count - 1)) / len(differences)
+    return {"mean": mean, "low": mean - Z * spread, "high": mean + Z * spread, "groups": count}
+
+
+def command(
+    run: Callable[..., dict],
+    plot: Callable[[dict], Figure],
+    doc: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    arguments: Sequence[str] | None = None,
+) -> dict:
+    """The command line of an analysis; writes and returns the record.
+
+    Args:
+        run: (setting, **what add_arguments added) -> results, of what JSON has.
+        plot: results -> figure.
+        doc: of the module.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder or Hub id, of VideoNSA or Qwen2.5-VL")
+    parser.add_argument("--questions", required=True, help="folder with all.jsonl, a .jsonl file, or lmms-eval's task")
+    parser.add_argument("--limit", type=int, help="questions of each kind")
+    parser.add_argument("--seed", type=int, default=0, help="of what the limit takes (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts answered together (%(default)s)")
+    parser.add_argument("--video_args", default="", help="for the processor, such as fps=2,max_total_tokens=8192")
+    parser.add_argument("--config_args", default="", help="for the configuration, such as nsa_mode=dense")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--plot", type=Path, help="picture: .png, .svg or .pdf")
+    common = {action.dest for action in parser._actions}
+    add_arguments(parser)
+    given = vars(parser.parse_args(arguments))
+    if given["batch_size"] < 1:
+        parser.error(f"--batch_size must be positive, got {given['batch_size']}")
+    start = time.perf_counter()
+    try:
+        questions = load(given["questions"], given["limit"], given["seed"])
+        settings = simple_parse_args_string(given["config_args"])
+        model, processor = load_model(given["checkpoint"], given["dtype"], given["device"], **settings)
+        video_options = simple_parse_args_string(given["video_args"])
+        setting = Setting(model, processor, questions, video_options, given["batch_size"])
+        own = {name: value for name, value in given.items() if name not in common}
+        results = run(setting, **own)
+    except ValueError as error:
+        parser.error(str(error))
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python", "-m", f"analysis.{Path(sys.argv[0]).stem}", *(arguments or sys.argv[1:])]),
+        "machine": describe_cpu("torch", "transformers"),
+        "device": torch.cuda.get_device_name() if given["device"].startswith("cuda") else "cpu",
+        "questions": len(questions),
+        "wall_seconds": round(time.perf_counter() - start, 1),
+        "results": results,
+    }
+    if given["output"]:
+        write(record, given["output"])
+    else:
+        print(json.dumps(results, indent=1))
+    if given["plot"]:
+        save(plot(results), given["plot"])
+    return record
+
+
+def write(record: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def save(figure: Figure, path: Path) -> None:
+    """The same numbers give the same file: nothing of the time is in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata=metadata)
