@@ -91,9 +91,11 @@ def run(*command, timeout=1200):
     )
 
 
-@pytest.mark.parametrize("target", ["80", "90", "100"])
+@pytest.mark.parametrize(
+    "target", [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
+)
 def test_kernels_compile_without_spills(target):
-    """At the shapes of a 7B model; `make aot` goes through all others."""
+    """At the shapes of a 7B model; `make aot` goes through all others. A target takes a minute and more."""
     result = run(TOOL, "--shapes", "7B", "7B, 1K", "--targets", target, "--output", "")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert f"## sm_{target}" in result.stdout and result.stdout.endswith("0 failures\n")
