@@ -66,7 +66,7 @@ def load_model(checkpoint: str | Path, dtype: str = "auto", device: str = "cpu",
     return model, processor_class.from_pretrained(checkpoint, trust_remote_code=False)
 
 
-def wilson(right: int, total: int) -> tuple[float, float]:
+def wilson(right: float, total: float) -> tuple[float, float]:
     """Wilson's interval of 95 % of a share (Wilson 1927)."""
     if total < 1:
         raise ValueError(f"`total` must be positive, got {total!r}")

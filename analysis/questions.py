@@ -25,6 +25,7 @@ class Question:
         video: what tells videos apart, such as a path: questions of one video are not independent.
         answer: right, or `None` where nobody says.
         choices: what the answer is one of; empty where it can be anything.
+        seconds: length of the video, where known.
     """
 
     kind: str
@@ -32,6 +33,7 @@ class Question:
     video: str
     answer: str | None = None
     choices: tuple[str, ...] = ()
+    seconds: float | None = None
 
     def is_right(self, response: str) -> bool:
         """Whether a response names the answer first of all choices; without choices, whether it begins with it.
@@ -51,7 +53,7 @@ def load(source: str | Path, limit: int | None = None, seed: int = 0) -> list[Qu
 
     Args:
         source: a folder that holds `all.jsonl`, a `.jsonl` file, or the name of a task. A line has `video`, relative
-            to its file, and `question`; `answer`, `choices` and `kind` as far as they are known.
+            to its file, and `question`; `answer`, `choices`, `kind` and `seconds` as far as they are known.
         limit: of each kind so many, chosen by the seed.
     Raises:
         ValueError: no such source, a line that is none, or a limit that is not positive.
@@ -98,6 +100,7 @@ def _of_lines(path: Path) -> Iterator[Question]:
             str(video),
             None if line.get("answer") is None else str(line["answer"]),
             tuple(map(str, line.get("choices") or ())),
+            line.get("seconds"),
         )
 
 
