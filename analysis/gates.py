@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .figure import BRANCH_COLOURS, Setting, command
-from .observe import BRANCHES, Layer, observed
+from .observe import BRANCHES, Layer, check_sparse, read_prompt
 from .questions import prepare
 
 BINS = 100
@@ -23,7 +23,7 @@ class _Layer:
 
     def __init__(self):
         self.sums, self.squares = torch.zeros(2, 3, dtype=torch.float64)
-        self.count, self.histogram = 0, torch.zeros(3, BINS)
+        self.count, self.histogram = 0, torch.zeros(3, BINS, dtype=torch.float64)
 
     def add(self, gates: torch.Tensor) -> None:
         """(vision tokens, num_heads, 3)"""
@@ -32,7 +32,7 @@ class _Layer:
         self.squares += gates.square().sum(0)
         self.count += len(gates)
         for branch in range(3):
-            self.histogram[branch] += torch.histc(gates[:, branch].float(), BINS, 0, 1)
+            self.histogram[branch] += torch.histc(gates[:, branch], BINS, 0, 1)
 
     def numbers(self) -> dict[str, dict]:
         mean = self.sums / self.count
@@ -56,8 +56,7 @@ def run(setting: Setting) -> dict:
     Raises:
         ValueError: a model without gates, or in dense mode.
     """
-    if getattr(setting.model.config.get_text_config(), "nsa_mode", "dense") != "sparse":
-        raise ValueError("`checkpoint` has no gates, or runs with `nsa_mode` = 'dense'")
+    check_sparse(setting.model)
     num_layers = setting.model.config.get_text_config().num_hidden_layers
     kinds: dict[str, list[_Layer]] = {"all": [_Layer() for _ in range(num_layers)]}
     for question in tqdm(setting.questions, desc="Gates", disable=None):
@@ -67,9 +66,7 @@ def run(setting: Setting) -> dict:
             for of in {id(layers): layers, id(kinds["all"]): kinds["all"]}.values():
                 of[layer.index].add(layer.gates)
 
-        with observed(setting.model, look):
-            inputs = prepare(setting.processor, [question], **setting.video_options)
-            setting.model(**{name: value.to(setting.model.device) for name, value in inputs.items()}, logits_to_keep=1)
+        read_prompt(setting.model, prepare(setting.processor, [question], **setting.video_options), look)
     return {kind: [layer.numbers() for layer in layers] for kind, layers in kinds.items()}
 
 

@@ -144,6 +144,12 @@ def observed(model, look: Callable[[Layer], None]) -> Iterator[None]:
     def note_types(module, args, kwargs):
         given = kwargs.get("mm_token_type_ids")
         ids = kwargs.get("input_ids", args[0] if args else None)
+        if given is None and ids is not None:
+            placeholders = [model.config.image_token_id, model.config.video_token_id]
+            given = torch.isin(ids, torch.tensor(placeholders, device=ids.device))
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise ValueError(f"`past_key_values` must be empty, got {cache.get_seq_length()} cached tokens")
         if ids is not None and len(ids) != 1:
             raise ValueError(f"`input_ids` must be of one prompt, got a batch of {len(ids)}")
         mask = kwargs.get("attention_mask")
@@ -186,6 +192,28 @@ def observed(model, look: Callable[[Layer], None]) -> Iterator[None]:
             stack.callback(model.set_attn_implementation, {"text_config": before})
             model.set_attn_implementation({"text_config": OBSERVED})
         yield
+
+
+def read_prompt(model, inputs: dict[str, Tensor], look: Callable[[Layer], None]) -> None:
+    """Shows every layer's attention over one prompt to `look`.
+
+    Args:
+        inputs: of `forward`, of one prompt with a picture or a video.
+    Raises:
+        ValueError: as `observed`; or a prompt that is all text, whose attention has no branches.
+    """
+    placeholders = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+    if not torch.isin(inputs["input_ids"].cpu(), placeholders).any():
+        raise ValueError("`questions` has a prompt without a picture or video")
+    with observed(model, look):
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        model(**inputs, logits_to_keep=1, use_cache=False)
+
+
+def check_sparse(model) -> None:
+    """ValueError where layers have no gates, or do not use them."""
+    if getattr(model.config.get_text_config(), "nsa_mode", "dense") != "sparse":
+        raise ValueError("`checkpoint` has no gates, or runs with `nsa_mode` = 'dense'")
 
 
 def _check_whole(query: Tensor, key: Tensor) -> None:
