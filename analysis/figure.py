@@ -4,6 +4,7 @@ import argparse
 import datetime
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ def command(
         plot: results -> figure.
         doc: of the module.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _parser(doc)
     parser.add_argument("checkpoint", help="folder or Hub id, of VideoNSA or Qwen2.5-VL")
     parser.add_argument("--questions", required=True, help="folder with all.jsonl, a .jsonl file, or lmms-eval's task")
     parser.add_argument("--limit", type=int, help="questions of each kind")
@@ -119,24 +120,62 @@ def command(
     parser.add_argument("--batch_size", type=int, default=1, help="prompts answered together (%(default)s)")
     parser.add_argument("--video_args", default="", help="for the processor, such as fps=2,max_total_tokens=8192")
     parser.add_argument("--config_args", default="", help="for the configuration, such as nsa_mode=dense")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--plot", type=Path, help="picture: .png, .svg or .pdf")
     common = {action.dest for action in parser._actions}
     add_arguments(parser)
-    given = vars(parser.parse_args(arguments))
-    if given["batch_size"] < 1:
-        parser.error(f"--batch_size must be positive, got {given['batch_size']}")
-    start = time.perf_counter()
-    try:
+
+    def answer(given: dict[str, Any]) -> dict[str, Any]:
+        if given["batch_size"] < 1:
+            raise ValueError(f"`batch_size` must be positive, got {given['batch_size']}")
         questions = load(given["questions"], given["limit"], given["seed"])
         settings = simple_parse_args_string(given["config_args"])
         model, processor = load_model(given["checkpoint"], given["dtype"], given["device"], **settings)
         video_options = simple_parse_args_string(given["video_args"])
         setting = Setting(model, processor, questions, video_options, given["batch_size"])
-        own = {name: value for name, value in given.items() if name not in common}
-        results = run(setting, **own)
+        results = run(setting, **{name: value for name, value in given.items() if name not in common})
+        return {"questions": len(questions), "results": results}
+
+    return _execute(parser, answer, plot, arguments)
+
+
+def measurement(
+    run: Callable[..., dict],
+    plot: Callable[[dict], Figure],
+    doc: str,
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    arguments: Sequence[str] | None = None,
+) -> dict:
+    """The command line of an analysis that asks no model; writes and returns the record.
+
+    Args:
+        run: (device=, dtype=, **what add_arguments added) -> results, of what JSON has.
+        plot, doc: as in `command`.
+    """
+    parser = _parser(doc)
+    add_arguments(parser)
+    own = {action.dest for action in parser._actions} - {"help", "output", "plot"}
+    return _execute(parser, lambda given: {"results": run(**{name: given[name] for name in own})}, plot, arguments)
+
+
+def _parser(doc: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--plot", type=Path, help="picture: .png, .svg or .pdf")
+    return parser
+
+
+def _execute(
+    parser: argparse.ArgumentParser,
+    run: Callable[[dict[str, Any]], dict[str, Any]],
+    plot: Callable[[dict], Figure],
+    arguments: Sequence[str] | None,
+) -> dict:
+    """Parse, run, and write. run: what was given, by name -> fields of the record, `results` among them."""
+    given = vars(parser.parse_args(arguments))
+    start = time.perf_counter()
+    try:
+        found = run(given)
     except ValueError as error:
         parser.error(str(error))
     record = {
@@ -144,26 +183,29 @@ def command(
         "command": " ".join(["python", "-m", f"analysis.{Path(sys.argv[0]).stem}", *(arguments or sys.argv[1:])]),
         "machine": describe_cpu("torch", "transformers"),
         "device": torch.cuda.get_device_name() if given["device"].startswith("cuda") else "cpu",
-        "questions": len(questions),
         "wall_seconds": round(time.perf_counter() - start, 1),
-        "results": results,
+        **found,
     }
     if given["output"]:
         write(record, given["output"])
     else:
-        print(json.dumps(results, indent=1))
+        print(json.dumps(record["results"], indent=1))
     if given["plot"]:
-        save(plot(results), given["plot"])
+        save(plot(record["results"]), given["plot"])
     return record
 
 
 def write(record: dict, path: Path) -> None:
+    """As JSON; a list of plain values is one line."""
+    text = json.dumps(record, indent=1, allow_nan=False)
+    text = re.sub(r"\[[^\[\]{}]*\]", lambda values: re.sub(r"\s*\n\s*", " ", values[0]), text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    path.write_text(text + "\n")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """The same numbers give the same file: nothing of the time is in it."""
+    """The same numbers give the same file: neither the time nor a random name is in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"Date": None} if path.suffix == ".svg" else {}
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata=metadata)
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
+    with matplotlib.rc_context({"svg.hashsalt": "videonsa"}):
+        figure.savefig(path, dpi=110, bbox_inches="tight", metadata=metadata)
