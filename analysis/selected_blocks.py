@@ -99,7 +99,7 @@ class Choices:
         tokens, following = indices[:CHUNK].long(), indices[1:].long()
         own = torch.arange(start, start + len(tokens), device=indices.device) // block_size
         is_choice = (tokens >= 0) & (tokens != own[:, None, None])
-        of_block, of_token = frames[::block_size], frames[start : start + len(tokens)]
+        of_block, of_token = frames[::block_size].contiguous(), frames[start : start + len(tokens)]
 
         distance = (own[:, None, None] - tokens)[is_choice]
         counted = distance.bincount(minlength=len(self.distances)).cpu()

@@ -120,7 +120,7 @@ def _received_sparsely(layer: Layer, head: int) -> dict[str, Received]:
     return found | {"all": Received(gated, from_it_on, value.norm(dim=-1))}
 
 
-class _Tally:
+class Tally:
     """Counts of one layer and branch, by key/value head and by bin of the relative position."""
 
     def __init__(self, num_heads: int):
@@ -166,9 +166,9 @@ def _share(part: int | Tensor, keys: int) -> float | None:
     return round(int(part) / keys, 6) if keys else None
 
 
-def _joined(tallies: list[_Tally]) -> _Tally:
+def _joined(tallies: list[Tally]) -> Tally:
     """The layers' counts together."""
-    total = _Tally(len(tallies[0].keys))
+    total = Tally(len(tallies[0].keys))
     for tally in tallies:
         for name in ("keys", "small", "above", "sinks", "key_bins", "sink_bins"):
             getattr(total, name).add_(getattr(tally, name))
@@ -186,13 +186,13 @@ def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
     models = [setting.model]
     if dense_checkpoint is not None:
         models.append(_load_dense(dense_checkpoint, setting.model))
-    found: dict[str, list[_Tally]] = {}
+    found: dict[str, list[Tally]] = {}
 
     def look(layer: Layer) -> None:
         for head in range(len(layer.key)):
             for branch, keys in received(layer, head).items():
                 layers = found.setdefault(branch, [])
-                layers += [_Tally(len(layer.key)) for _ in range(layer.index + 1 - len(layers))]
+                layers += [Tally(len(layer.key)) for _ in range(layer.index + 1 - len(layers))]
                 layers[layer.index].add(head, keys)
 
     for question in tqdm(setting.questions, desc="Sinks", disable=None):
