@@ -5,13 +5,16 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: app demo test test-oldest test-upstream check aot clean
+.PHONY: app demo paper test test-oldest test-upstream check aot clean
 
 demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
 
 app: .venv/installed  ## a web page to ask videos, with the small checkpoint and drawn videos
 	$(BIN)/python app.py $(ARGS)
+
+paper: .venv/installed  ## the paper's comparisons and findings on the small checkpoints; half an hour, writes docs/paper.md
+	$(BIN)/python -m analysis.paper $(ARGS)
 
 test: .venv/installed check  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"

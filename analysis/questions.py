@@ -22,7 +22,7 @@ class Question:
     Attributes:
         kind: what results are grouped by: the line's `kind`, or the name of the task.
         messages: for `processor.apply_chat_template`.
-        video: what tells videos apart, such as a path: questions of one video are not independent.
+        video: what tells videos apart, such as a line's `video`: questions of one video are not independent.
         answer: right, or `None` where nobody says.
         choices: what the answer is one of; empty where it can be anything.
         seconds: length of the video, where known.
@@ -97,7 +97,7 @@ def _of_lines(path: Path) -> Iterator[Question]:
         yield Question(
             str(line.get("kind", "all")),
             ({"role": "user", "content": content},),
-            str(video),
+            str(line["video"]),
             None if line.get("answer") is None else str(line["answer"]),
             tuple(map(str, line.get("choices") or ())),
             line.get("seconds"),

@@ -70,7 +70,7 @@ def make_film(path: Path, seconds: int) -> None:
 def load(model: str):
     """The small checkpoint or the random layer, and the small checkpoint's processor.
 
-    Both in float32: what many CPUs have no instructions for, such as bfloat16, takes them ten times as long.
+    Both in float32: many CPUs have no instructions for bfloat16, which takes them longer.
     """
     processor = VideoNSAProcessor.from_pretrained(TINY, trust_remote_code=True)
     if model == "small":

@@ -59,14 +59,18 @@ def test_it_answers_questions_about_videos_it_has_never_seen(tmp_path):
         assert share * SAMPLES > least_right(SAMPLES, 1e-5) - 0.5, (seed, kind, shares)
 
 
-def test_files():
+@pytest.mark.parametrize("folder", [TINY, TINY.with_name("tiny_dense")], ids=lambda folder: folder.name)
+def test_files(folder):
     """Code is linked, never copied; weights are bfloat16 and small."""
-    for path in TINY.iterdir():
+    assert {path.name for path in folder.iterdir()} == {path.name for path in TINY.iterdir()}
+    for path in folder.iterdir():
         if path.suffix == ".py" or path.name == "nsa_kernels":
             assert path.is_symlink() and path.resolve() == ROOT / path.name
-    with safe_open(TINY / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model.safetensors", "pt") as file:
         assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118 not a dict
-    assert sum(path.stat().st_size for path in TINY.iterdir() if not path.is_symlink()) < 4e6
+    assert sum(path.stat().st_size for path in folder.iterdir() if not path.is_symlink()) < 4e6
+    mode = json.loads((folder / "config.json").read_text())["text_config"]["nsa_mode"]
+    assert mode == ("sparse" if folder == TINY else "dense")
 
 
 def test_the_demos_video_is_the_one_that_its_questions_are_about(tmp_path):

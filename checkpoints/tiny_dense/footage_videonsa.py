@@ -1,0 +1,1 @@
+../../footage_videonsa.py

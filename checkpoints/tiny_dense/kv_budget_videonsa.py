@@ -1,0 +1,1 @@
+../../kv_budget_videonsa.py

@@ -1,0 +1,1 @@
+../../pictures_videonsa.py

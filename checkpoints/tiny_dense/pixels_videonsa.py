@@ -1,0 +1,1 @@
+../../pixels_videonsa.py

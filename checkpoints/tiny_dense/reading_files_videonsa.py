@@ -1,0 +1,1 @@
+../../reading_files_videonsa.py

@@ -1,0 +1,1 @@
+../../second_hop_videonsa.py

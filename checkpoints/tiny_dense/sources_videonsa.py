@@ -1,0 +1,1 @@
+../../sources_videonsa.py

@@ -1,0 +1,1 @@
+../../storyboard_videonsa.py
