@@ -309,7 +309,7 @@ def test_principal_components():
     on_line = head_similarity.principal_components(line)
     assert on_line.explained[0] == pytest.approx(1.0) and on_line.explained[1] == pytest.approx(0.0, abs=1e-15)
     assert (on_line.places[:, 0].diff() < 0).all()  # the largest loading is that of -2, and made positive
-    for same in (vectors[:1], vectors[:1].expand(4, -1)):
+    for same in (vectors[:1], vectors[:1].expand(7, -1)):
         alone = head_similarity.principal_components(same)
         assert alone.explained is None and not alone.places.any()
 
@@ -405,6 +405,20 @@ def test_sinks_are_those_of_a_loop(is_dense, max_scores, monkeypatch):
                 assert tally.sink_bins[index].tolist() == bins
                 sinks_seen += sum(is_sink)
     assert sinks_seen >= 4, "without sinks nothing was tested"
+
+
+@pytest.mark.parametrize("count", [30, 31, 32, 33])
+def test_small_norms_are_told_from_the_quartiles(count):
+    """Two norms, just under the limit and just over it; both stay under the first quartile, and move none."""
+    norms = [10.0 + 0.1 * place for place in range(count)]
+    first, median, third = statistics.quantiles(norms, n=4, method="inclusive")
+    limit = median - 2 * (third - first)
+    norms[:2] = limit - 0.01, limit + 0.01
+    assert sinks.is_small(torch.tensor(norms)).tolist() == [True, *[False] * (count - 1)]
+
+
+def test_one_norm_is_not_small():
+    assert sinks.is_small(torch.tensor([3.0])).tolist() == [False]
 
 
 def test_sinks_of_short_prompts():
