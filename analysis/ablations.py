@@ -19,8 +19,9 @@ from matplotlib.figure import Figure
 
 from . import gates as gates_of
 from .accuracy import AS_TRAINED, MAX_NEW_TOKENS, difference, score
-from .changes import BRANCHES, Change, mean_gates, settings, static_gates, without_branches
+from .changes import Change, mean_gates, settings, static_gates, without_branches
 from .figure import BRANCH_COLOURS, Setting, command
+from .observe import BRANCHES
 
 STATIC, DENSE, NONE = "static gates", "dense", "none"
 

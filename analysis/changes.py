@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 import baselines
 
-BRANCHES = ("compression", "selection", "window")
-"""In the order of the gates."""
+from .observe import BRANCHES
 
 Change = Callable[[Any], AbstractContextManager]
 

@@ -17,8 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -29,18 +28,16 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from analysis.changes import Change, settings  # noqa: E402
+from analysis.changes import without_branches as without  # noqa: E402
+from analysis.observe import BRANCHES  # noqa: E402
 from modeling_videonsa import VideoNSAForConditionalGeneration  # noqa: E402
 from processing_videonsa import VideoNSAProcessor  # noqa: E402
 from synthetic.drawing import write_scene  # noqa: E402
 from synthetic.scenes import KINDS, make_scene  # noqa: E402
 
-BRANCHES = ("compression", "selection", "window")
 SECONDS = 32  # the longest videos of the training
 BATCH = 20
-
-
-# Changes a model for as long as a `with` block.
-Change = Callable[[VideoNSAForConditionalGeneration], AbstractContextManager]
 ROWS: dict[str, Change] = {"as trained": nullcontext}
 
 
@@ -93,34 +90,6 @@ class HeldOut:
             for row, counts in right.items()
         }
         return {row: of_row | {"mean": float(np.mean(list(of_row.values())))} for row, of_row in shares.items()}
-
-
-@contextmanager
-def without(model, *, branches: tuple[str, ...]) -> Iterator[None]:
-    """Inside, the gates of these branches are zero."""
-
-    def shut(module, inputs, logits):
-        logits = logits.unflatten(-1, (-1, 3)).clone()
-        logits[..., [BRANCHES.index(branch) for branch in branches]] = -torch.inf
-        return logits.flatten(-2)
-
-    with ExitStack() as stack:
-        for layer in model.model.language_model.layers:
-            stack.callback(layer.self_attn.g_proj_2.register_forward_hook(shut).remove)
-        yield
-
-
-@contextmanager
-def settings(model, **values) -> Iterator[None]:
-    """Inside, the model's configuration has these values."""
-    before = {name: getattr(model.config, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(model.config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)
 
 
 def load(folder: Path) -> VideoNSAForConditionalGeneration:

@@ -16,15 +16,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import baselines
 from analysis import ablations, accuracy, allocation, context, figure, gates, latency
-from analysis.changes import (
-    BRANCHES,
-    mean_gates,
-    method,
-    runs_method,
-    settings,
-    static_gates,
-    without_branches,
-)
+from analysis.changes import mean_gates, method, runs_method, settings, static_gates, without_branches
+from analysis.observe import BRANCHES
 from analysis.questions import Question, load, prepare
 from benchmarks.published_sizes import PUBLISHED
 from nsa_kernels import reference, utils
