@@ -594,15 +594,26 @@ def run_command(name: str, source: Path, tmp_path: Path, *arguments: str) -> dic
 
 
 def test_gates_command(two_questions, tmp_path):
+    """Means, spreads and quantiles are numpy's, of all gates at once."""
     results = run_command("gates", two_questions, tmp_path)
     assert list(results) == ["all", "needle", "order"]
-    for of_kind in results.values():
-        assert len(of_kind) == 4
-        for layer in of_kind:
-            assert all(0 <= layer[branch]["mean"] <= 1 and layer[branch]["std"] <= 0.5 for branch in observe.BRANCHES)
-            for branch in observe.BRANCHES:
-                quantiles = list(layer[branch]["quantiles"].values())
-                assert quantiles == sorted(quantiles)
+    model, processor = figure.load_model(TINY)
+    seen = {"all": [[] for _ in range(4)]}
+    for question in questions.load(two_questions):
+        layers = []
+        with torch.inference_mode():
+            observe.read_prompt(model, questions.prepare(processor, [question]), layers.append)
+        seen[question.kind] = [[layer.gates.flatten(0, 1)] for layer in layers]
+        for of, layer in zip(seen["all"], seen[question.kind], strict=True):
+            of += layer
+    for kind, layers in results.items():
+        for layer, gates in zip(layers, seen[kind], strict=True):
+            for branch, values in zip(observe.BRANCHES, torch.cat(gates).double().numpy().T, strict=True):
+                assert layer[branch]["mean"] == pytest.approx(values.mean(), abs=6e-5)
+                assert layer[branch]["std"] == pytest.approx(values.std(), abs=6e-5)
+                for q, found in layer[branch]["quantiles"].items():
+                    # The middle of the bin, a hundredth wide, that the quantile is in.
+                    assert abs(found - np.quantile(values, float(q), method="inverted_cdf")) < 0.005 + 1e-9
 
 
 def test_head_similarity_command(two_questions, tmp_path):
