@@ -108,8 +108,13 @@ def _by_seconds(setting: Setting, scores: Sequence[int]) -> dict[str, dict]:
 
 
 def plot(results: dict) -> Figure:
-    """For each row a map of the grid with share and tokens; below, by length of video, accuracy against tokens."""
+    """For each row a map of the grid with share and tokens; below, by length of video, accuracy against tokens.
+
+    Of a single cell, accuracy against the length of the video, where it is known.
+    """
     cells = results["cells"]
+    if len(cells) == 1 and next(iter(cells[0]["rows"].values()))["by_seconds"]:
+        return _plot_lengths(cells[0])
     sampled = "fps" if "fps" in cells[0] else "frames"
     columns = sorted({cell[sampled] for cell in cells})
     lines = sorted({cell["tokens_per_frame"] for cell in cells})
@@ -140,6 +145,23 @@ def plot(results: dict) -> Figure:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"{length} s")
             axes.set(xscale="log", ylim=(0, 1.05), xlabel="vision tokens", ylabel="right answers" if not column else "")
             axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _plot_lengths(cell: dict) -> Figure:
+    figure = Figure(figsize=(6.5, 3.6))
+    axes = figure.subplots()
+    for number, (name, row) in enumerate(cell["rows"].items()):
+        # A little apart, so that intervals do not hide each other.
+        seconds = [float(length) * 1.03**number for length in row["by_seconds"]]
+        means = list(row["by_seconds"].values())
+        reach = [[mean["share"] - mean["low"] for mean in means], [mean["high"] - mean["share"] for mean in means]]
+        axes.errorbar(seconds, [mean["share"] for mean in means], reach, marker="o", capsize=2, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([float(length) for length in row["by_seconds"]], list(row["by_seconds"]))
+    axes.minorticks_off()
+    axes.set(xlabel="length of the video, seconds", ylabel="right answers, mean over kinds", ylim=(0, 1.05))
+    axes.legend(frameon=False)
     return figure
 
 

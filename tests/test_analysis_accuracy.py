@@ -477,6 +477,9 @@ def test_context_takes_rates_and_refuses_what_makes_no_grid(setting):
     results = context.run(setting, tokens_per_frame=[4], fps=[1, 2], max_new_tokens=2)
     assert [(cell["fps"], cell["tokens"]["vision"]) for cell in results["cells"]] == [(1, 32), (2, 66)]
     assert results["cells"][1]["rows"]["sparse"]["scores"] == [1, 1, 1, 1]
+    (axes,) = context.plot(results | {"cells": results["cells"][1:]}).axes
+    assert [list(line.get_ydata()) for line in axes.containers[0].lines[:1]] == [[1, 1]]  # by length of the video
+    assert len(context.plot(results).axes) == 4
     for options, message in (
         ({"frames": [8], "fps": [1]}, "`frames` and `fps` exclude each other"),
         ({"frames": [8, 0]}, r"`frames` must be positive, got \[8, 0\]"),
