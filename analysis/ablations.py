@@ -3,7 +3,7 @@
     python -m analysis.ablations path/or/hub-id --questions folder --output ablations.json --plot ablations.png
 
 Branches that a row does not name have gates of zero; those that it names keep the gates that were learned. "static
-gates" are numbers, of each layer and branch the mean over all tokens and heads of the prompts that are asked here (the
+gates" are numbers, of each layer and branch the mean over all tokens and heads of one prompt about each video (the
 paper: of 1,000 samples of its training). `--gates` takes them from a result of `analysis.gates` instead, so that they
 can be of other prompts. "dense" are the same weights with dense attention, the paper's Dense-NSA.
 """
@@ -11,6 +11,7 @@ can be of other prompts. "dense" are the same weights with dense attention, the 
 import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ from .accuracy import AS_TRAINED, MAX_NEW_TOKENS, difference, score
 from .changes import Change, mean_gates, settings, static_gates, without_branches
 from .figure import BRANCH_COLOURS, Setting, command
 from .observe import BRANCHES
+from .questions import one_per_video
 
 STATIC, DENSE, NONE = "static gates", "dense", "none"
 
@@ -48,9 +50,9 @@ def run(setting: Setting, gates: Path | None = None, max_new_tokens: int = MAX_N
         ValueError: a model without gates or in dense mode, a file of gates that is none, or as `accuracy.score`.
     """
     for question in setting.questions:
-        question.is_right("")  # before prompts are read for the gates
+        question.check()  # before prompts are read for the gates
     if gates is None:
-        layers = gates_of.run(setting)["all"]
+        layers = gates_of.run(replace(setting, questions=one_per_video(setting.questions)))["all"]
     else:
         try:
             layers = json.loads(gates.read_text())["results"]["all"]

@@ -6,13 +6,13 @@
     difference(scored, "as trained", "dense")
 
 A row is a `Change`: a function of the model that returns a context manager (see `changes.py`). An answer is generated
-greedily, and `Question.is_right` decides. What `score` returns is of what JSON has:
+greedily, and `Question.score` decides. What `score` returns is of what JSON has:
 
     questions: kinds, videos and seconds, lists in the order of the questions (seconds of a video: None if not known).
     tokens: means over prompts: `prompt`, without padding, and `vision`, the image and video tokens among them.
     rows: by name:
         kinds: by kind, and mean: of all of them: right, total, share, low and high, Wilson's interval of 95 %.
-        scores: 1 or 0 for each question.
+        scores: 1 or 0 for each question, or between where the task says so.
         attention: shares of dense attention's pairs of query and key, each a mean over prompts. In sparse mode
             `exact` (all branches, counted), `without_compression` (the same without compressed blocks) and `formula`
             (the paper's, `paper_fraction` of the prompt's length); with a method of `baselines`, `exact` alone; dense,
@@ -62,7 +62,7 @@ def score(setting: Setting, rows: Mapping[str, Change] = ROWS, max_new_tokens: i
     if max_new_tokens < 1:
         raise ValueError(f"`max_new_tokens` must be positive, got {max_new_tokens!r}")
     for question in setting.questions:
-        question.is_right("")
+        question.check()
     model, device = setting.model, setting.model.device
     scored = {name: _Row() for name in rows}
     prompts: list[tuple[int, int]] = []
@@ -96,10 +96,10 @@ def difference(scored: Mapping[str, Any], first: str, second: str) -> dict[str, 
 
 
 def shares(questions: Sequence[Question], scores: Sequence[int]) -> dict[str, dict]:
-    """`kinds` and `mean` of a row; see the module. scores: 1 or 0 for each question."""
+    """`kinds` and `mean` of a row; see the module. scores: for each question, from 0 to 1."""
     of_kinds: dict[str, list[int]] = {}
-    for question, is_right in zip(questions, scores, strict=True):
-        of_kinds.setdefault(question.kind, []).append(is_right)
+    for question, score in zip(questions, scores, strict=True):
+        of_kinds.setdefault(question.kind, []).append(score)
     mean = sum(sum(kind) / len(kind) for kind in of_kinds.values()) / len(of_kinds)
     # Questions of one kind alone would give a share of variance p (1 - p) / equivalent.
     equivalent = len(of_kinds) ** 2 / sum(1 / len(kind) for kind in of_kinds.values())
@@ -157,7 +157,7 @@ class _Row:
         self.seconds += time.perf_counter() - start
         self.cpu_seconds += time.process_time() - cpu_start
         answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        self.scores += [int(question.is_right(text)) for question, text in zip(batch, answers, strict=True)]
+        self.scores += [_plain(question.score(text)) for question, text in zip(batch, answers, strict=True)]
         if runs_method(model):
             self.attention += [{"exact": pairs.fraction} for pairs in baselines.pairs_by_sample(model)]
         else:
@@ -182,6 +182,11 @@ def _numbers(right: float, total: float) -> dict[str, Any]:
     return {"right": right, "total": total} | {
         name: round(value, 6) for name, value in (("share", right / total), ("low", low), ("high", high))
     }
+
+
+def _plain(score: float) -> float:
+    """Whole numbers as such, for short files."""
+    return int(score) if score == int(score) else score
 
 
 def _counts(scores: Sequence[int]) -> dict[str, int]:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from .accuracy import MAX_NEW_TOKENS, score, shares
 from .changes import Change, settings
-from .figure import Setting, command, load_model
+from .figure import Setting, command, load_dense
 
 FRAMES = (64, 128, 256, 512)
 TOKENS = (64, 128, 256, 512)
@@ -76,10 +76,8 @@ def run(
         raise ValueError(f"`max_context` = {max_context} is under frames x tokens a frame of every cell")
     parts = [(setting, _rows(setting.model))]
     if dense_checkpoint is not None:
-        model, _ = load_model(dense_checkpoint, setting.model.dtype, setting.model.device)
-        is_sparse = getattr(model.config.get_text_config(), "nsa_mode", "dense") == "sparse"
-        change = partial(settings, nsa_mode="dense") if is_sparse else nullcontext
-        parts.append((replace(setting, model=model), {TRAINED_DENSE: change}))
+        model = load_dense(dense_checkpoint, setting.model)
+        parts.append((replace(setting, model=model), {TRAINED_DENSE: nullcontext}))
     cells = []
     for cell in grid:
         options = setting.video_options | video_options(

@@ -5,6 +5,7 @@ import datetime
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from lmms_eval.utils import simple_parse_args_string
 from matplotlib.figure import Figure
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 from transformers.utils import cached_file
 
 from benchmarks.bench_cpu import describe_cpu
@@ -53,18 +54,38 @@ class Setting:
 
 
 def load_model(checkpoint: str | Path, dtype: str = "auto", device: str = "cpu", **settings) -> tuple[Any, Any]:
-    """A model and its processor: VideoNSA's by the classes here, any other's, such as Qwen2.5-VL's, by transformers'.
+    """A model of VideoNSA or Qwen2.5-VL, and our processor, so that both read the same frames.
 
     Args:
         settings: of the configuration, such as nsa_mode="dense".
+    Raises:
+        ValueError: a checkpoint of another kind, or one with gates that are lost on loading.
     """
     checkpoint = str(checkpoint)
-    config = json.loads(Path(cached_file(checkpoint, "config.json")).read_text())
-    is_ours = config.get("model_type") == "videonsa"
-    model_class = VideoNSAForConditionalGeneration if is_ours else AutoModelForImageTextToText
-    processor_class = VideoNSAProcessor if is_ours else AutoProcessor
-    model = model_class.from_pretrained(checkpoint, dtype=dtype, device_map=device, **settings).eval()
-    return model, processor_class.from_pretrained(checkpoint, trust_remote_code=False)
+    kind = json.loads(Path(cached_file(checkpoint, "config.json")).read_text()).get("model_type")
+    if kind not in ("videonsa", "qwen2_5_vl"):
+        raise ValueError(f"`checkpoint` = {checkpoint!r} must be of VideoNSA or Qwen2.5-VL, got {kind!r}")
+    model_class = VideoNSAForConditionalGeneration if kind == "videonsa" else AutoModelForImageTextToText
+    model, loaded = model_class.from_pretrained(
+        checkpoint, dtype=dtype, device_map=device, output_loading_info=True, **settings
+    )
+    if any("g_proj" in key for key in loaded["unexpected_keys"]):
+        raise ValueError(f"`checkpoint` = {checkpoint!r} has gates that Qwen2.5-VL does not: see convert_weights.py")
+    return model.eval(), VideoNSAProcessor.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+def load_dense(checkpoint: str | Path, like) -> Any:
+    """A model to compare with, run densely, in the dtype and on the device of another one.
+
+    Raises:
+        ValueError: it has another vocabulary, or as `load_model`.
+    """
+    model, _ = load_model(checkpoint, like.dtype, like.device)
+    if hasattr(model.config, "nsa_mode"):
+        model.config.nsa_mode = "dense"
+    if like.config.get_text_config().vocab_size != model.config.get_text_config().vocab_size:
+        raise ValueError(f"`dense_checkpoint` = {str(checkpoint)!r} has another vocabulary than `checkpoint`")
+    return model
 
 
 def wilson(right: float, total: float) -> tuple[float, float]:
@@ -79,7 +100,8 @@ def wilson(right: float, total: float) -> tuple[float, float]:
 def paired_difference(first: Sequence[float], second: Sequence[float], groups: Sequence[Any]) -> dict[str, float]:
     """The mean of `first - second`, and its interval of 95 %, where values of one group may hang together.
 
-    The interval is a normal one from the sums of groups (the sandwich estimator for a mean of clusters).
+    The interval is a normal one from the sums of groups (the sandwich estimator for a mean of clusters), which takes
+    some tens of groups; of a single group nothing is known, and it is all that scores from 0 to 1 allow.
 
     Args:
         first, second: scores of the same questions.
@@ -94,7 +116,9 @@ def paired_difference(first: Sequence[float], second: Sequence[float], groups: S
     for group, difference in zip(groups, differences, strict=True):
         sums[group] = sums.get(group, 0.0) + difference - mean
     count = len(sums)
-    spread = math.sqrt(sum(value * value for value in sums.values()) * count / max(1, count - 1)) / len(differences)
+    if count < 2:
+        return {"mean": mean, "low": -1.0, "high": 1.0, "groups": count}
+    spread = math.sqrt(sum(value * value for value in sums.values()) * count / (count - 1)) / len(differences)
     return {"mean": mean, "low": mean - Z * spread, "high": mean + Z * spread, "groups": count}
 
 
@@ -176,13 +200,13 @@ def _execute(
     start = time.perf_counter()
     try:
         found = run(given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python", "-m", f"analysis.{Path(sys.argv[0]).stem}", *(arguments or sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", f"analysis.{Path(sys.argv[0]).stem}", *(arguments or sys.argv[1:])]),
         "machine": describe_cpu("torch", "transformers"),
-        "device": torch.cuda.get_device_name() if given["device"].startswith("cuda") else "cpu",
+        "device": torch.cuda.get_device_name(given["device"]) if given["device"].startswith("cuda") else "cpu",
         "wall_seconds": round(time.perf_counter() - start, 1),
         **found,
     }

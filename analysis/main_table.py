@@ -5,14 +5,15 @@
 As in the paper, the baselines run on a checkpoint that was trained densely, which is the first row. `--methods` is a
 JSON file of options by method (docs/baselines.md has the defaults); `--search_share` searches MInference's and
 MMInference's heads on the first prompt, as `python -m baselines.search` does. Three rows are of VIDEONSA: as it was
-trained, with its gates replaced by their means, and run dense. `difference` is a row's score less the first row's, over
-the same questions.
+trained, with its gates replaced by their means over one prompt about each video, and run dense. `difference` is a row's
+score less the first row's, over the same questions.
 """
 
 import argparse
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from . import gates
 from .accuracy import MAX_NEW_TOKENS, difference, score
 from .changes import mean_gates, method, settings, static_gates
 from .figure import Setting, command, load_model
-from .questions import prepare
+from .questions import one_per_video, prepare
 
 DENSE, VIDEONSA = "dense", "VideoNSA"
 STATIC, RUN_DENSE = "VideoNSA, static gates", "VideoNSA, run dense"
@@ -53,34 +54,36 @@ def run(
     methods = {name: {} for name in baselines.METHODS} if methods is None else dict(methods)
     for name, options in methods.items():
         baselines.check(name, **options)
+    for question in setting.questions:
+        question.check()
     model = setting.model
-    is_ours = hasattr(model.config, "nsa_mode")
-    dense = partial(settings, nsa_mode="dense") if is_ours else nullcontext
+    ours, processor = load_model(videonsa, model.dtype, model.device)
+    own = replace(setting, model=ours, processor=processor)
+    means = mean_gates(gates.run(replace(own, questions=one_per_video(setting.questions)))["all"])
+    if hasattr(model.config, "nsa_mode"):
+        model.config.nsa_mode = "dense"
     found = {}
     if search_share is not None:
         inputs = prepare(setting.processor, setting.questions[:1], **setting.video_options)
         inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "attention_mask"}
-        with dense(model):
-            for name in methods.keys() & set(SEARCHED):
-                options = {key: value for key, value in methods[name].items() if key != "heads"}
-                found[name] = search(model, inputs, share=search_share, method=name, **options)["layers"]
-    rows = {DENSE: dense}
+        for name in methods.keys() & set(SEARCHED):
+            options = {key: value for key, value in methods[name].items() if key != "heads"}
+            found[name] = search(model, inputs, share=search_share, method=name, **options)["layers"]
+    rows = {DENSE: nullcontext}
     for name, options in methods.items():
         heads = {"heads": found[name]} if name in found else {}
         rows[name] = partial(method, name=name, **{**options, **heads})
     scored = score(setting, rows, max_new_tokens)
-
-    ours, processor = load_model(videonsa, str(model.dtype).removeprefix("torch."), str(model.device))
-    own = Setting(ours, processor, setting.questions, setting.video_options, setting.batch_size)
-    first_of_kind = {question.kind: question for question in reversed(setting.questions)}
-    few = Setting(ours, processor, list(first_of_kind.values()), setting.video_options)
-    means = mean_gates(gates.run(few)["all"])
     rows = {
         VIDEONSA: nullcontext,
         STATIC: partial(static_gates, values=means),
         RUN_DENSE: partial(settings, nsa_mode="dense"),
     }
-    scored["rows"] |= score(own, rows, max_new_tokens)["rows"]
+    of_ours = score(own, rows, max_new_tokens)
+    if of_ours["tokens"] != scored["tokens"]:
+        counts = scored["tokens"], of_ours["tokens"]
+        raise ValueError(f"`videonsa` = {videonsa!r} reads other prompts than `checkpoint`: tokens {counts}")
+    scored["rows"] |= of_ours["rows"]
     for name, row in scored["rows"].items():
         row["difference"] = difference(scored, name, DENSE)
         row["options"] = dict(methods.get(name, {})) | ({"search_share": search_share} if name in found else {})

@@ -1,6 +1,6 @@
 """The paper's comparisons and findings in miniature: the small checkpoints, drawn videos, one page.
 
-    python -m analysis.paper            # draws, runs every analysis, writes docs/paper.md; half an hour on two cores
+    python -m analysis.paper            # draws videos, runs every analysis, writes docs/paper.md
     python -m analysis.paper --page     # the page alone, from the results that are there
 
 Each analysis runs by its own command, in a process of its own; its numbers go to `analysis/results`, its plot to
@@ -9,10 +9,13 @@ Each analysis runs by its own command, in a process of its own; its numbers go t
 
 import argparse
 import json
+import os
 import shlex
 import string
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +60,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "vscan": {},
 }
 METHODS_FILE = RESULTS / "methods.json"
+RUN_FILE = RESULTS / "run.json"
+TIMED = ("latency",)
 
-ASKED = ["--questions", str(DATA / "short_and_long"), "--batch_size", "20"]
+# The weights are saved in bfloat16, which a CPU without instructions for it computes several times slower.
+PRECISION = ["--dtype", "float32", "--device", "cpu"]
+ASKED = ["--questions", str(DATA / "short_and_long"), "--batch_size", "20", *PRECISION]
 FEW = [*ASKED, "--limit", "8"]
 ANSWERS = ["--max_new_tokens", "4"]
 STEPS: dict[str, list[str]] = {
@@ -77,24 +84,54 @@ STEPS: dict[str, list[str]] = {
     "allocation": [SPARSE, *ASKED, "--multiples", "1", "2", *ANSWERS],
     "context": [
         *(SPARSE, "--questions", str(DATA / "lengths"), "--batch_size", "12", "--dense_checkpoint", DENSE),
-        *("--fps", "2", "--tokens_per_frame", "4", *ANSWERS),
+        *(*PRECISION, "--fps", "2", "--tokens_per_frame", "4", *ANSWERS),
     ],
     "gates": [SPARSE, *FEW],
     "head_similarity": [SPARSE, *FEW],
     "sinks": [SPARSE, *FEW, "--dense_checkpoint", DENSE],
     "selected_blocks": [SPARSE, *FEW],
-    "latency": ["--shape", "7B", "--tokens", "1024", "4096", "16384"],
+    "latency": [*PRECISION, "--shape", "7B", "--tokens", "1024", "4096", "16384"],
 }
 
 
-def run_steps(names: list[str]) -> None:
-    """Draw what is asked, and run the analyses one after the other; the first that fails ends all."""
+def run_steps(names: list[str], processes: int) -> None:
+    """Draw what is asked, and run the analyses, so many at a time; what is timed by the clock comes last, alone.
+
+    Raises:
+        RuntimeError: one failed, with what it printed; the others are stopped.
+    """
+    start = time.perf_counter()
     write(METHODS, ROOT / METHODS_FILE)
     for name, (lengths, videos) in QUESTIONS.items():
         draw_benchmark(ROOT / DATA / name, lengths=lengths, videos=videos, seed=SEED, overwrite=True)
-    for name in (progress := tqdm(names, desc="Analyses", disable=None)):
-        progress.set_postfix_str(name)
-        subprocess.run([sys.executable, *command_of(name)], cwd=ROOT, check=True)
+    waiting = sorted(names, key=TIMED.__contains__)
+    running: dict[str, subprocess.Popen] = {}
+    with tqdm(total=len(names), desc="Analyses") as progress, tempfile.TemporaryDirectory() as logs:
+        try:
+            while waiting or running:
+                while waiting and len(running) < (processes if waiting[0] not in TIMED else 1):
+                    name = waiting.pop(0)
+                    running[name] = _start(name, Path(logs) / name)
+                progress.set_postfix_str(", ".join(running))
+                time.sleep(0.5)
+                for name in [name for name, process in running.items() if process.poll() is not None]:
+                    if running.pop(name).returncode:
+                        raise RuntimeError(f"analysis.{name} failed:\n{(Path(logs) / name).read_text()}")
+                    progress.update()
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.wait()
+    if set(names) == set(STEPS):
+        write({"minutes": round((time.perf_counter() - start) / 60, 1), "processes": processes}, ROOT / RUN_FILE)
+
+
+def _start(name: str, log: Path) -> subprocess.Popen:
+    threads = {} if name in TIMED else {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *command_of(name)], cwd=ROOT, env=os.environ | threads, stdout=file, stderr=file
+        )
 
 
 def command_of(name: str) -> list[str]:
@@ -103,28 +140,32 @@ def command_of(name: str) -> list[str]:
 
 
 def read_results() -> dict[str, dict]:
-    """Records by step.
+    """Records by step, and that of the `run`.
 
     Raises:
         ValueError: one is missing.
     """
-    for name in STEPS:
+    names = (*STEPS, RUN_FILE.stem)
+    for name in names:
         if not (ROOT / RESULTS / f"{name}.json").is_file():
             raise ValueError(f"{RESULTS / name}.json is missing: run `python -m analysis.paper` first")
-    return {name: json.loads((ROOT / RESULTS / f"{name}.json").read_text()) for name in STEPS}
+    return {name: json.loads((ROOT / RESULTS / f"{name}.json").read_text()) for name in names}
 
 
 def page(records: dict[str, dict]) -> str:
     """The text of docs/paper.md."""
-    results = {name: record["results"] for name, record in records.items()}
+    run = records["run"]
+    results = {name: records[name]["results"] for name in STEPS}
     found = [
         findings.comparison(results["main_table"]),
+        findings.together(results["ablations"]),
+        findings.dense_weights(results["main_table"]),
         findings.scaling(results["context"], TRAINED_SECONDS),
         findings.allocation(results["allocation"]),
         findings.branch_usage(results["ablations"]),
-        findings.sinks(results["sinks"]),
-        findings.dense_weights(results["main_table"]),
+        findings.by_depth(results["gates"]),
         findings.bottleneck(results["latency"]),
+        findings.sinks(results["sinks"]),
     ]
     machine = records["main_table"]["machine"]
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
@@ -132,7 +173,8 @@ def page(records: dict[str, dict]) -> str:
     summary = ["| the paper | the miniature |", "|---|---|"]
     summary += [f"| {finding.claim} | **{finding.verdict}** |" for finding in found]
     values = {
-        "minutes": f"{sum(record['wall_seconds'] for record in records.values()) / 60:.0f}",
+        "minutes": f"{run['minutes']:.0f}",
+        "processes": run["processes"],
         "machine": f"{machine['cores']} cores of an {machine['cpu']} ({versions})",
         "asked": len(results["main_table"]["questions"]["kinds"]),
         "videos": videos,
@@ -162,9 +204,8 @@ def _text(finding: findings.Finding) -> str:
 
 def _resolution(results: dict) -> float:
     """Half the interval of a typical row's difference, in points."""
-    widths = [row["difference"]["high"] - row["difference"]["low"] for name, row in results["rows"].items()]
-    widths = sorted(width for width in widths if width)
-    return 100 * widths[len(widths) // 2] / 2
+    widths = [row["difference"]["high"] - row["difference"]["low"] for row in results["rows"].values()]
+    return 100 * sorted(widths)[len(widths) // 2] / 2
 
 
 def _ablations(results: dict) -> str:
@@ -226,9 +267,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="write the page alone")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS), help="run these alone")
+    parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="at a time (%(default)s)")
     arguments = parser.parse_args()
+    if arguments.processes < 1:
+        parser.error(f"--processes must be positive, got {arguments.processes}")
     if not arguments.page:
-        run_steps(arguments.steps)
+        run_steps(arguments.steps, arguments.processes)
     try:
         text = page(read_results())
     except ValueError as error:

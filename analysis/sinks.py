@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from nsa_kernels import compression
 
-from .figure import BRANCH_COLOURS, Setting, command, load_model
+from .figure import BRANCH_COLOURS, Setting, command, load_dense
 from .observe import BRANCHES, Layer, read_prompt
 from .questions import prepare
 
@@ -178,15 +178,16 @@ def _joined(tallies: list[Tally]) -> Tally:
 
 @torch.inference_mode()
 def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
-    """By layer, of all layers together, and by relative position; each by branch.
+    """By layer, of all layers together, and by relative position, each by branch; and of each prompt the share.
 
     Args:
         dense_checkpoint: a model to compare with, that reads the same prompts with dense attention; may be the same.
     """
     models = [setting.model]
     if dense_checkpoint is not None:
-        models.append(_load_dense(dense_checkpoint, setting.model))
+        models.append(load_dense(dense_checkpoint, setting.model))
     found: dict[str, list[Tally]] = {}
+    of_prompt: dict[str, Tally] = {}
 
     def look(layer: Layer) -> None:
         for head in range(len(layer.key)):
@@ -194,13 +195,22 @@ def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
                 layers = found.setdefault(branch, [])
                 layers += [Tally(len(layer.key)) for _ in range(layer.index + 1 - len(layers))]
                 layers[layer.index].add(head, keys)
+                of_prompt.setdefault(branch, Tally(len(layer.key))).add(head, keys)
 
+    prompts: dict[str, dict[str, list]] = {}
     for question in tqdm(setting.questions, desc="Sinks", disable=None):
         inputs = prepare(setting.processor, [question], **setting.video_options)
+        of_prompt.clear()
         for model in models:
             read_prompt(model, inputs, look)
+        for branch, tally in of_prompt.items():
+            numbers, lists = tally.numbers(), prompts.setdefault(branch, {name: [] for name in NORMALISATIONS})
+            for name in NORMALISATIONS:
+                lists[name].append(numbers[name]["sinks"])
     totals = {branch: _joined(layers) for branch, layers in found.items()}
     return {
+        "videos": [question.video for question in setting.questions],
+        "prompts": prompts,
         "rule": {"alpha_above": LEAST_ALPHA, "ranges_below_median": RANGES},
         "total": {branch: tally.numbers() for branch, tally in totals.items()},
         "layers": {branch: [tally.numbers() for tally in layers] for branch, layers in found.items()},
@@ -210,16 +220,6 @@ def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
             for branch, tally in totals.items()
         },
     }
-
-
-def _load_dense(checkpoint: str, like) -> object:
-    """Another model, in dtype and on device of the first."""
-    model, _ = load_model(checkpoint, like.dtype, like.device)
-    if hasattr(model.config, "nsa_mode"):
-        model.config.nsa_mode = "dense"
-    if not like.config.get_text_config().vocab_size == model.config.get_text_config().vocab_size:
-        raise ValueError(f"`dense_checkpoint` = {checkpoint!r} has another vocabulary than `checkpoint`")
-    return model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -100,7 +100,7 @@ def read_runs(folders: Iterable[Path]) -> list[Run]:
             content = json.loads(file.read_text())
             arguments = simple_parse_args_string(content["config"]["model_args"])
             for task, config in content["configs"].items():
-                metric, in_percent = _main_metric(task, config)
+                metric, in_percent = main_metric(task, config)
                 value = float(content["results"][task][f"{metric},none"])
                 samples = file.with_name(file.name.replace("_results.json", f"_samples_{task}.jsonl"))
                 lines = samples.read_text().splitlines() if samples.is_file() else []
@@ -121,7 +121,7 @@ def _presets_by_task() -> dict[str, dict]:
     return {preset["tasks"]: preset for preset in presets}
 
 
-def _main_metric(task: str, config: dict) -> tuple[str, bool | None]:
+def main_metric(task: str, config: dict) -> tuple[str, bool | None]:
     """Name of the metric that counts, and whether it is in percent, not a share; `None` where no preset tells."""
     preset = _presets_by_task().get(task) or _presets_by_task().get(task.replace("mlvu_dev", "mlvu_test"))
     if preset:
@@ -132,14 +132,14 @@ def _main_metric(task: str, config: dict) -> tuple[str, bool | None]:
 def _sample(line: dict, metric: str) -> Sample:
     counts = next((entry for entry in line.get("token_counts") or [] if entry and "vision_tokens" in entry), {})
     return Sample(
-        _score(line.get(metric)),
+        score_of(line.get(metric)),
         counts.get("vision_tokens"),
         counts.get("attention_share"),
         counts.get("attention", {}),
     )
 
 
-def _score(value: Any) -> float | None:
+def score_of(value: Any) -> float | None:
     """The score in what a task says of a document, in the forms that lmms-eval's video tasks have."""
     if isinstance(value, (int, float)):
         return float(value)

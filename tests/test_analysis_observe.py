@@ -534,12 +534,75 @@ def test_questions_of_a_folder(drawn, two_questions):
         line = by_text.pop((video["video"], text["text"], question.kind))
         assert message["role"] == "user" and question.video == line["video"]
         assert (question.answer, list(question.choices)) == (line["answer"], line["choices"])
-        assert question.is_right(f"It is {line['answer']}.")
+        assert question.score(f"It is {line['answer']}.") == 1
     assert not by_text
     kinds = [question.kind for question in loaded]
     assert kinds == sorted(kinds, key=kinds.index), "kinds come one after the other"
     assert [len(batch) for batch in questions.batches(loaded[:5], 2)] == [2, 2, 1]
     assert [question.kind for question in questions.load(two_questions)] == ["needle", "order"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "right", "wrong"),
+    [
+        ("A", (), ("A", "(A)", "A.", "The answer is A."), ("Answer: B", "All of them", "", "B")),
+        ("B", ("A", "B"), ("B", "(B) a dog"), ("A", "Both")),
+        ("dog", ("dog", "cat"), ("A dog.", "dog, not cat", "Dog"), ("a cat, no dog", "dogma", "")),
+        ("a black dog", ("a dog", "a black dog"), ("It is a black dog.",), ("a dog",)),
+        ("1.5", ("1", "1.5"), ("1.5 m", "about 1.5"), ("1", "11.5")),
+        ("2", ("1", "2", "3"), ("two", "There are 2."), ("three, or two", "12")),
+        ("two", ("one", "two"), ("two",), ("one",)),
+        ("Café", ("Café", "Bar"), ("the café",), ("bar",)),
+        ("1", (), ("1", "1 metre", "1."), ("12", "1.5", "one")),
+        ("a red car", (), ("A red car.", "a red car drives by"), ("a red carpet", "It is a red car")),
+    ],
+)
+def test_scoring(answer, choices, right, wrong):
+    question = questions.Question("kind", (), "my.mp4", answer, choices)
+    assert [question.score(text) for text in right] == [1] * len(right)
+    assert [question.score(text) for text in wrong] == [0] * len(wrong)
+
+
+def test_a_question_that_nobody_can_score():
+    with pytest.raises(ValueError, match="`answer` of a question about my"):
+        questions.Question("kind", (), "my.mp4").score("yes")
+    with pytest.raises(ValueError, match="gives a single document no score"):
+        questions.Question("kind", (), "my.mp4", judge=lambda response: None).score("yes")
+
+
+def test_answers_of_lines(drawn, tmp_path):
+    (tmp_path / "all.jsonl").touch()
+    path = tmp_path / "lines.jsonl"
+    line = {"video": "all.jsonl", "question": "what?", "choices": ["dog", "cat"]}
+    path.write_text(json.dumps(line | {"answer": " "}) + "\n" + json.dumps(line | {"answer": "Dog"}))
+    assert [question.answer for question in questions.load(path)] == [None, "Dog"]
+    path.write_text(json.dumps(line | {"answer": "bird"}))
+    with pytest.raises(ValueError, match=r"line 1: `answer` must be one of `choices` = \['dog', 'cat'\], got 'bird'"):
+        questions.load(path)
+
+
+def test_questions_of_a_task_of_lmms_eval(tmp_path, monkeypatch):
+    """This repository's own: documents are read as far as the limit goes, and judged as the task does."""
+    draw_benchmark(tmp_path / "eval" / "data", lengths=(16,), videos=3)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = questions.load("synthetic_order", limit=2)
+    assert len(found) == 2 and len({question.video for question in found}) == 2
+    assert all(question.kind == "synthetic_order" and question.video.endswith(".mp4") for question in found)
+    lines = [json.loads(line) for line in Path("eval/data/order.jsonl").read_text().splitlines()]
+    for question in found:
+        (line,) = [line for line in lines if question.video.endswith(line["video"])]
+        text = question.messages[-1]["content"][-1]["text"]
+        assert line["question"] in text
+        assert question.score(line["answer"]) == 1
+        assert question.score(next(choice for choice in line["choices"] if choice != line["answer"])) == 0
+    with pytest.raises(ValueError, match="nor a task of lmms-eval"):
+        questions.load("no_such_task")
+
+
+def test_one_question_for_each_video(drawn):
+    kept = questions.one_per_video(questions.load(drawn))
+    assert [question.kind for question in kept] == ["needle"] * 2 and len({question.video for question in kept}) == 2
 
 
 def test_a_limit_takes_of_every_kind(drawn):
