@@ -175,6 +175,7 @@ def page(records: dict[str, dict]) -> str:
     values = {
         "minutes": f"{run['minutes']:.0f}",
         "processes": run["processes"],
+        "note": f" ({run['note']})" if "note" in run else "",
         "machine": f"{machine['cores']} cores of an {machine['cpu']} ({versions})",
         "asked": len(results["main_table"]["questions"]["kinds"]),
         "videos": videos,

@@ -87,7 +87,10 @@ def _first_named(response: str, choices: Sequence[str]) -> str:
     for choice in map(str.casefold, choices):
         spelt = [NUMBER_WORDS[int(choice)]] if choice.isdecimal() and int(choice) < len(NUMBER_WORDS) else []
         for form in (choice, *spelt):
-            if place := re.search(r"(?<![\w.])" + re.escape(form) + r"(?!\w|[.,]\d)", text):
+            # Letters and digits end each other: small models run on, as in "green1".
+            ends = r"(?<!\d)(?<!\d[.,])", r"(?!\d|[.,]\d)"
+            before, after = ends if form[-1].isdecimal() else (r"(?<![^\W\d_])", r"(?![^\W\d_])")
+            if place := re.search(before + re.escape(form) + after, text):
                 found.append((place.start(), -len(form), choice))
     return min(found)[2] if found else ""
 

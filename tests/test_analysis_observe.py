@@ -547,7 +547,7 @@ def test_questions_of_a_folder(drawn, two_questions):
     [
         ("A", (), ("A", "(A)", "A.", "The answer is A."), ("Answer: B", "All of them", "", "B")),
         ("B", ("A", "B"), ("B", "(B) a dog"), ("A", "Both")),
-        ("dog", ("dog", "cat"), ("A dog.", "dog, not cat", "Dog"), ("a cat, no dog", "dogma", "")),
+        ("dog", ("dog", "cat"), ("A dog.", "dog, not cat", "Dog", "dog1"), ("a cat, no dog", "dogma", "")),
         ("a black dog", ("a dog", "a black dog"), ("It is a black dog.",), ("a dog",)),
         ("1.5", ("1", "1.5"), ("1.5 m", "about 1.5"), ("1", "11.5")),
         ("2", ("1", "2", "3"), ("two", "There are 2."), ("three, or two", "12")),
