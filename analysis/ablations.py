@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from . import gates as gates_of
 from .accuracy import AS_TRAINED, MAX_NEW_TOKENS, difference, score
-from .changes import Change, mean_gates, settings, static_gates, without_branches
-from .figure import BRANCH_COLOURS, Setting, command
+from .changes import Change, densely, mean_gates, static_gates, without_branches
+from .figure import BRANCH_COLOURS, Setting, command, reach
 from .observe import BRANCHES
 from .questions import one_per_video
 
@@ -39,7 +39,7 @@ def rows_of(values: list[dict[str, float]]) -> dict[str, Change]:
         AS_TRAINED: nullcontext,
         NONE: partial(without_branches, branches=BRANCHES),
         STATIC: partial(static_gates, values=values),
-        DENSE: partial(settings, nsa_mode="dense"),
+        DENSE: densely,
     }
 
 
@@ -73,8 +73,9 @@ def plot(results: dict) -> Figure:
     for place, (name, row) in enumerate(rows.items()):
         mean = row["mean"]
         colour = BRANCH_COLOURS.get(name, "tab:red" if name == AS_TRAINED else "silver")
-        reach = [[mean["share"] - mean["low"]], [mean["high"] - mean["share"]]]
-        axes.barh(place, mean["share"], color=colour, xerr=reach, ecolor="black", capsize=2, height=0.7, alpha=0.8)
+        axes.barh(
+            place, mean["share"], color=colour, xerr=reach([mean]), ecolor="black", capsize=2, height=0.7, alpha=0.8
+        )
         shares = [kind["share"] for kind in row["kinds"].values()]
         if len(shares) > 1:
             axes.plot(shares, [place] * len(shares), "|", color="black", markersize=6, alpha=0.5)

@@ -1,6 +1,6 @@
 """How many questions a model answers rightly, as it is and changed: what the figures of accuracy have in common.
 
-    rows = {"as trained": nullcontext, "dense": partial(settings, nsa_mode="dense")}
+    rows = {"as trained": nullcontext, "dense": densely}
     scored = score(setting, rows)
     scored["rows"]["dense"]["mean"]["share"]
     difference(scored, "as trained", "dense")
@@ -38,6 +38,7 @@ from nsa_kernels.attention_budget import attention_budget, paper_fraction
 
 from .changes import Change, runs_method
 from .figure import Setting, paired_difference, wilson
+from .observe import is_sparse
 from .questions import Question, batches, prepare
 
 AS_TRAINED = "as trained"
@@ -117,7 +118,7 @@ def token_types(model, inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]
 def attention_shares(model, types: torch.Tensor) -> dict[str, float]:
     """What a prompt costs of dense attention's pairs, as the model is set now; see the module. types: (length,)."""
     text = model.config.get_text_config()
-    if getattr(text, "nsa_mode", "dense") == "dense":
+    if not is_sparse(model):
         return {"exact": 1.0}
     if text.nsa_variant == "released":
         return {}

@@ -13,14 +13,16 @@ overstates it, up to above 1: every token is taken to have K others before it.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from .accuracy import MAX_NEW_TOKENS, score
 from .changes import settings
-from .figure import Setting, command
+from .figure import Setting, command, reach
+from .observe import is_sparse
 
 SPLITS = 6
 
@@ -64,7 +66,7 @@ def run(
             `accuracy.score`.
     """
     config = setting.model.config.get_text_config()
-    if getattr(config, "nsa_mode", "dense") != "sparse":
+    if not is_sparse(setting.model):
         raise ValueError("`checkpoint` has no blocks to choose, or runs with `nsa_mode` = 'dense'")
     trained = {name: getattr(config, name) for name in ("block_counts", "window_size")}
     own = trained["block_counts"] * config.block_size + trained["window_size"]
@@ -98,6 +100,11 @@ def run(
     }
 
 
+def is_trained(results: Mapping[str, Any], split: Mapping[str, Any]) -> bool:
+    """Whether a split is the checkpoint's own."""
+    return all(split[name] == value for name, value in results["trained"].items())
+
+
 def plot(results: dict) -> Figure:
     """Accuracy against alpha, a line for each budget; the trained setting is circled."""
     figure = Figure(figsize=(6.5, 3.8))
@@ -111,11 +118,10 @@ def plot(results: dict) -> Figure:
             counted = [split["attention"]["exact"] for split in splits]
             label += f": {min(counted):.1%} to {max(counted):.1%} of dense, formula "
             label += f"{splits[0]['attention']['formula']:.1%}"
-        reach = [[mean["share"] - mean["low"] for mean in means], [mean["high"] - mean["share"] for mean in means]]
         values = [mean["share"] for mean in means]
-        axes.errorbar(alphas, values, reach, marker="o", capsize=2, color=f"C{number}", label=label)
+        axes.errorbar(alphas, values, reach(means), marker="o", capsize=2, color=f"C{number}", label=label)
         for split in splits:
-            if all(split[name] == value for name, value in results["trained"].items()):
+            if is_trained(results, split):
                 place = split["alpha"], split["mean"]["share"]
                 axes.plot(*place, "o", markersize=13, fillstyle="none", color="black", label="as trained")
     axes.set(xlabel="alpha: window's share of the budget", ylabel="right answers, mean over kinds", xlim=(0, 1))

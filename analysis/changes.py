@@ -2,14 +2,14 @@
 
 Each is a context manager whose first argument is the model; a row of an accuracy table names what follows it:
 
-    rows = {"as trained": nullcontext, "dense": partial(settings, nsa_mode="dense")}
+    rows = {"as trained": nullcontext, "dense": densely, "one block": partial(settings, block_counts=1)}
 
 What was before is there again after the block, also where the block raises.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ def settings(model, **values) -> Iterator[None]:
             stack.callback(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
         yield
+
+
+def densely(model) -> AbstractContextManager:
+    """Inside, attention is dense, whatever the model."""
+    return settings(model, nsa_mode="dense") if hasattr(model.config, "nsa_mode") else nullcontext()
 
 
 @contextmanager
@@ -110,8 +115,7 @@ def method(model, name: str, **options) -> Iterator[None]:
     baselines.check(name, **options)
     has_parts = getattr(model.config, "text_config", None) is not None
     with ExitStack() as stack:
-        if hasattr(text, "nsa_mode"):
-            stack.enter_context(settings(model, nsa_mode="dense"))
+        stack.enter_context(densely(model))
         # `configure` leaves sdpa behind, which need not be what was there.
         stack.callback(model.set_attn_implementation, {"text_config": before} if has_parts else before)
         stack.callback(baselines.configure, model, None)

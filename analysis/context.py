@@ -17,14 +17,14 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from .accuracy import MAX_NEW_TOKENS, score, shares
-from .changes import Change, settings
-from .figure import Setting, command, load_dense
+from .changes import Change, densely
+from .figure import Setting, command, load_dense, reach
+from .observe import is_sparse
 
 FRAMES = (64, 128, 256, 512)
 TOKENS = (64, 128, 256, 512)
@@ -92,8 +92,8 @@ def run(
 
 
 def _rows(model) -> dict[str, Change]:
-    if getattr(model.config.get_text_config(), "nsa_mode", "dense") == "sparse":
-        return {SPARSE: nullcontext, RUN_DENSE: partial(settings, nsa_mode="dense")}
+    if is_sparse(model):
+        return {SPARSE: nullcontext, RUN_DENSE: densely}
     return {DENSE: nullcontext}
 
 
@@ -153,8 +153,7 @@ def _plot_lengths(cell: dict) -> Figure:
         # A little apart, so that intervals do not hide each other.
         seconds = [float(length) * 1.03**number for length in row["by_seconds"]]
         means = list(row["by_seconds"].values())
-        reach = [[mean["share"] - mean["low"] for mean in means], [mean["high"] - mean["share"] for mean in means]]
-        axes.errorbar(seconds, [mean["share"] for mean in means], reach, marker="o", capsize=2, label=name)
+        axes.errorbar(seconds, [mean["share"] for mean in means], reach(means), marker="o", capsize=2, label=name)
     axes.set_xscale("log", base=2)
     axes.set_xticks([float(length) for length in row["by_seconds"]], list(row["by_seconds"]))
     axes.minorticks_off()

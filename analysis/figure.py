@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,22 @@ def _execute(
     if given["plot"]:
         save(plot(record["results"]), given["plot"])
     return record
+
+
+def to_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def reach(shares: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """How far intervals reach below and above their shares, as `errorbar` wants it."""
+    return [[mean["share"] - mean["low"] for mean in shares], [mean["high"] - mean["share"] for mean in shares]]
+
+
+def drawn(values: Iterable[float | None]) -> list[float]:
+    """Values for a plot, which leaves out what is not there."""
+    return [float("nan") if value is None else value for value in values]
 
 
 def write(record: dict, path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .accuracy import AS_TRAINED, difference
+from .allocation import is_trained
 from .context import SPARSE, TRAINED_DENSE
 from .figure import paired_difference
 from .main_table import RUN_DENSE, STATIC, VIDEONSA
@@ -56,16 +58,20 @@ def percent(numbers: Mapping[str, float]) -> str:
 
 def comparison(main_table: Mapping[str, Any]) -> Finding:
     """The table as a whole: VideoNSA against each of the training-free rows, and against dense training."""
-    rows, videos = main_table["rows"], main_table["questions"]["videos"]
-    others = [name for name in rows if name not in (VIDEONSA, STATIC, RUN_DENSE)]
-    gaps = {name: paired_difference(rows[VIDEONSA]["scores"], rows[name]["scores"], videos) for name in others}
+    others = [name for name in main_table["rows"] if name not in (VIDEONSA, STATIC, RUN_DENSE)]
     return Finding(
         "Sparse attention that is learned does at least as well as dense attention and as methods without training "
         "(section 3.1; of table 1 the means, which we took, are 50.4 for VideoNSA, 49.2 for the best other row).",
         "VideoNSA's right answers, paired by question, less those of every other row: each difference above zero.",
-        _of_all(gaps.values()),
-        tuple(f"VideoNSA less {name}: {points(gap)}." for name, gap in gaps.items()),
+        *_against(main_table, VIDEONSA, others),
     )
+
+
+def _against(scored: Mapping[str, Any], first: str, others: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """The verdict that a row of `accuracy.score` is better than every one of others, and its evidence."""
+    gaps = {name: difference(scored, first, name) for name in others}
+    name_of_first = first[0].upper() + first[1:]
+    return _of_all(gaps.values()), tuple(f"{name_of_first} less {name}: {points(gap)}." for name, gap in gaps.items())
 
 
 def _of_all(differences: Iterable[Mapping[str, float]]) -> str:
@@ -118,14 +124,14 @@ def unpaired_difference(first, second, first_groups, second_groups) -> dict[str,
 
 def allocation(results: Mapping[str, Any]) -> Finding:
     """Of the trained budget, the trained split against the others."""
-    videos, trained = results["questions"]["videos"], results["trained"]
+    videos = results["questions"]["videos"]
     evidence, gaps, splits_of_trained = [], [], 0
     for of_budget in results["budgets"]:
         splits = of_budget["splits"]
         shares = "; ".join(f"{_split(split)}: {percent(split['mean'])}" for split in splits)
         evidence.append(f"K = {of_budget['budget']}: {shares}.")
         for split in splits:
-            if all(split[name] == value for name, value in trained.items()):
+            if is_trained(results, split):
                 splits_of_trained = len(splits)
                 for other in splits:
                     if other is not split:
@@ -152,7 +158,7 @@ def _split(split: Mapping[str, Any]) -> str:
 def branch_usage(ablations: Mapping[str, Any]) -> Finding:
     """Whether which branch a question misses the most hangs on its kind."""
     rows, asked = ablations["rows"], ablations["questions"]
-    kinds, whole = np.asarray(asked["kinds"]), np.asarray(rows["as trained"]["scores"], float)
+    kinds, whole = np.asarray(asked["kinds"]), np.asarray(rows[AS_TRAINED]["scores"], float)
     rests = [" + ".join(other for other in BRANCHES if other != branch) for branch in BRANCHES]
     losses = np.stack([whole - np.asarray(rows[rest]["scores"], float) for rest in rests], 1)
     chance = interaction(losses, kinds, asked["videos"])
@@ -209,16 +215,12 @@ def interaction(losses: np.ndarray, kinds: Sequence[str], groups: Sequence[Any],
 
 def together(ablations: Mapping[str, Any]) -> Finding:
     """All branches and learned gates against fewer and static ones."""
-    rows, videos = ablations["rows"], ablations["questions"]["videos"]
-    whole = rows["as trained"]["scores"]
-    others = [name for name in rows if set(name.split(" + ")) <= set(BRANCHES)] + ["static gates"]
-    gaps = {name: paired_difference(whole, rows[name]["scores"], videos) for name in others}
+    others = [name for name in ablations["rows"] if set(name.split(" + ")) <= set(BRANCHES)] + ["static gates"]
     return Finding(
         "All three branches under learned gates are better than one or two of them, and than static gates (section "
         "3.2, tables 2 and 34).",
         "As trained, less each of these: every difference above zero.",
-        _of_all(gaps.values()),
-        tuple(f"As trained less {name}: {points(gap)}." for name, gap in gaps.items()),
+        *_against(ablations, AS_TRAINED, others),
     )
 
 

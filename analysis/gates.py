@@ -71,7 +71,7 @@ def run(setting: Setting) -> dict:
 
 
 def plot(results: dict) -> Figure:
-    """Mean over the layers, with the middle half and nine tenths shaded; single kinds as thin lines."""
+    """Mean over the layers, with the middle half shaded; single kinds as thin lines."""
     figure = Figure(figsize=(7, 3.6))
     axes = figure.subplots()
     layers = range(len(results["all"]))

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from .figure import BRANCH_COLOURS, Setting, command
+from .figure import BRANCH_COLOURS, Setting, command, drawn
 from .observe import BRANCHES, Layer, check_sparse, read_prompt
 from .questions import prepare
 
@@ -157,7 +157,7 @@ def plot(results: dict) -> Figure:
     grid = above.subplots(len(BRANCHES), len(shown), squeeze=False)
     for row, branch in zip(grid, BRANCHES, strict=True):
         for axes, index in zip(row, shown, strict=True):
-            matrix = [[float("nan") if r is None else r for r in line] for line in layers[index][branch]["correlation"]]
+            matrix = [drawn(line) for line in layers[index][branch]["correlation"]]
             image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
             axes.set(xticks=[], yticks=[], facecolor="lightgray")
         row[0].set_ylabel(branch)
@@ -166,8 +166,7 @@ def plot(results: dict) -> Figure:
     above.colorbar(image, ax=grid, label="correlation of heads", shrink=0.8)
     left, right = below.subplots(1, 2)
     for branch in BRANCHES:
-        means = [layer[branch]["mean_of_pairs"] for layer in layers]
-        means = [float("nan") if mean is None else mean for mean in means]
+        means = drawn(layer[branch]["mean_of_pairs"] for layer in layers)
         left.plot(range(len(layers)), means, color=BRANCH_COLOURS[branch], marker="o", markersize=3, label=branch)
     left.axhline(0, color="lightgray", linewidth=0.8, zorder=0)
     left.set(xlabel="layer", ylabel="mean of different heads", ylim=(-1, 1))

@@ -25,8 +25,9 @@ from baselines.search import search
 
 from . import gates
 from .accuracy import MAX_NEW_TOKENS, difference, score
-from .changes import mean_gates, method, settings, static_gates
+from .changes import densely, mean_gates, method, static_gates
 from .figure import Setting, command, load_model
+from .figure import to_table as table
 from .questions import one_per_video, prepare
 
 DENSE, VIDEONSA = "dense", "VideoNSA"
@@ -60,16 +61,15 @@ def run(
     ours, processor = load_model(videonsa, model.dtype, model.device)
     own = replace(setting, model=ours, processor=processor)
     means = mean_gates(gates.run(replace(own, questions=one_per_video(setting.questions)))["all"])
-    if hasattr(model.config, "nsa_mode"):
-        model.config.nsa_mode = "dense"
     found = {}
     if search_share is not None:
         inputs = prepare(setting.processor, setting.questions[:1], **setting.video_options)
         inputs = {name: value.to(model.device) for name, value in inputs.items() if name != "attention_mask"}
-        for name in methods.keys() & set(SEARCHED):
-            options = {key: value for key, value in methods[name].items() if key != "heads"}
-            found[name] = search(model, inputs, share=search_share, method=name, **options)["layers"]
-    rows = {DENSE: nullcontext}
+        with densely(model):
+            for name in methods.keys() & set(SEARCHED):
+                options = {key: value for key, value in methods[name].items() if key != "heads"}
+                found[name] = search(model, inputs, share=search_share, method=name, **options)["layers"]
+    rows = {DENSE: densely}
     for name, options in methods.items():
         heads = {"heads": found[name]} if name in found else {}
         rows[name] = partial(method, name=name, **{**options, **heads})
@@ -77,7 +77,7 @@ def run(
     rows = {
         VIDEONSA: nullcontext,
         STATIC: partial(static_gates, values=means),
-        RUN_DENSE: partial(settings, nsa_mode="dense"),
+        RUN_DENSE: densely,
     }
     of_ours = score(own, rows, max_new_tokens)
     if of_ours["tokens"] != scored["tokens"]:
@@ -94,8 +94,7 @@ def to_table(results: dict) -> str:
     """Markdown: accuracy by kind in percent, pairs of attention in percent of dense, seconds."""
     rows = results["rows"]
     kinds = list(next(iter(rows.values()))["kinds"])
-    head = ["", *kinds, "mean", "less dense", "pairs", "CPU s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    cells = []
     for name, row in rows.items():
         shares = [f"{row['kinds'][kind]['share']:.0%}" for kind in kinds]
         gap = row["difference"]
@@ -103,9 +102,9 @@ def to_table(results: dict) -> str:
             "" if name == DENSE else f"{100 * gap['mean']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
         )
         label = f"`{name}`" if name in baselines.METHODS else name
-        cells = [label, *shares, f"{row['mean']['share']:.1%}", less, f"{row['attention']['exact']:.0%}"]
-        lines.append("| " + " | ".join([*cells, f"{row['cpu_seconds']:.0f}"]) + " |")
-    return "\n".join(lines)
+        costs = f"{row['attention']['exact']:.0%}", f"{row['cpu_seconds']:.0f}"
+        cells.append([label, *shares, f"{row['mean']['share']:.1%}", less, *costs])
+    return table(["", *kinds, "mean", "less dense", "pairs", "CPU s"], cells)
 
 
 def plot(results: dict) -> Figure:

@@ -70,12 +70,16 @@ class Layer:
             return
         length, size = len(key), config.block_size
         columns = torch.arange(length, device=key.device)
+        if branch == "selection":
+            blocks = torch.cat([chosen for _, chosen in self.selected_blocks(head)]).long()
         for rows in _chunks(length, self.group_size * length):
             positions = columns[rows][:, None]
             if branch == "window":
                 seen = columns > positions - config.window_size
             else:
-                seen = self._is_selected(query[rows], key, rows, columns // size)
+                is_chosen = torch.zeros(len(positions), -(-length // size) + 1, dtype=torch.bool, device=key.device)
+                is_chosen.scatter_(1, blocks[rows] + 1, True)  # column 0 takes the -1 of what does not exist
+                seen = is_chosen[:, 1:][:, columns // size]
             seen = seen & (columns <= positions)
             scores = (query[rows] @ key.mT) * self.scale  # [queries, group_size, keys]
             yield rows, scores.masked_fill_(~seen[:, None], -torch.inf).softmax(-1)
@@ -107,22 +111,6 @@ class Layer:
                 missing = len(pooled) - probabilities.shape[-1]
                 where = slice(rows.start + tile.start, rows.start + tile.stop)
                 yield where, torch.nn.functional.pad(probabilities, (0, missing))
-
-    def _is_selected(self, query: Tensor, key: Tensor, rows: slice, block_of: Tensor) -> Tensor:
-        """(queries, keys), whether the key is in a block that the query chooses."""
-        config = self.config
-        pooled = compression.pool_blocks(key, config.block_size)
-        chosen = []
-        for tile, probabilities, _ in compression.probability_tiles(
-            query, pooled, rows.start, config.block_size, self.scale
-        ):
-            importance = probabilities.sum(1)
-            first = rows.start + tile.start
-            chosen.append(topk.choose_blocks(importance, first, config.block_size, config.block_counts))
-        chosen = torch.cat(chosen).long()
-        is_chosen = torch.zeros(len(chosen), int(block_of[-1]) + 2, dtype=torch.bool, device=key.device)
-        is_chosen.scatter_(1, chosen + 1, True)  # column 0 takes the -1 of what does not exist
-        return is_chosen[:, 1:][:, block_of]
 
 
 def _chunks(length: int, scores_per_row: int) -> Iterator[slice]:
@@ -177,14 +165,14 @@ def observed(model, look: Callable[[Layer], None]) -> Iterator[None]:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
     text = model.config.get_text_config()
-    if getattr(text, "nsa_variant", "paper") == "released" and getattr(text, "nsa_mode", "dense") == "sparse":
+    if is_sparse(model) and text.nsa_variant == "released":
         raise ValueError("`nsa_variant` = 'released' cannot be observed: its branches are defined otherwise")
     before = text._attn_implementation
     AttentionInterface.register(OBSERVED, attend_densely)
     AttentionMaskInterface.register(OBSERVED, sdpa_mask)
     with ExitStack() as stack:
         stack.callback(core.register_forward_pre_hook(note_types, with_kwargs=True).remove)
-        if getattr(text, "nsa_mode", "dense") == "sparse":
+        if is_sparse(model):
             for layer in core.language_model.layers:
                 layer.self_attn._attend = partial(attend_sparsely, layer.self_attn, layer.self_attn._attend)
                 stack.callback(delattr, layer.self_attn, "_attend")
@@ -210,9 +198,14 @@ def read_prompt(model, inputs: dict[str, Tensor], look: Callable[[Layer], None])
         model(**inputs, logits_to_keep=1, use_cache=False)
 
 
+def is_sparse(model) -> bool:
+    """Whether it is VideoNSA, and not in dense mode."""
+    return getattr(model.config.get_text_config(), "nsa_mode", "dense") == "sparse"
+
+
 def check_sparse(model) -> None:
     """ValueError where layers have no gates, or do not use them."""
-    if getattr(model.config.get_text_config(), "nsa_mode", "dense") != "sparse":
+    if not is_sparse(model):
         raise ValueError("`checkpoint` has no gates, or runs with `nsa_mode` = 'dense'")
 
 

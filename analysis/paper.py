@@ -24,7 +24,8 @@ from tqdm import tqdm
 from videonsa_eval.draw_benchmark import draw_benchmark
 
 from . import findings, latency, main_table
-from .figure import write
+from .allocation import is_trained
+from .figure import to_table, write
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PICTURES = Path("analysis/results"), Path("docs/pictures/paper")
@@ -170,8 +171,7 @@ def page(records: dict[str, dict]) -> str:
     machine = records["main_table"]["machine"]
     versions = f"torch {machine['torch']}, transformers {machine['transformers']}"
     ((short, long), videos), (lengths, videos_of_each) = QUESTIONS.values()
-    summary = ["| the paper | the miniature |", "|---|---|"]
-    summary += [f"| {finding.claim} | **{finding.verdict}** |" for finding in found]
+    verdicts = [(finding.claim, f"**{finding.verdict}**") for finding in found]
     values = {
         "minutes": f"{run['minutes']:.0f}",
         "processes": run["processes"],
@@ -185,7 +185,7 @@ def page(records: dict[str, dict]) -> str:
         "lengths": ", ".join(map(str, lengths)),
         "trained": TRAINED_SECONDS,
         "resolution": f"{_resolution(results['main_table']):.0f}",
-        "summary": "\n".join(summary),
+        "summary": to_table(["the paper", "the miniature"], verdicts),
         "findings": "\n\n".join(map(_text, found)),
         "main_table": main_table.to_table(results["main_table"]),
         "ablations": _ablations(results["ablations"]),
@@ -211,57 +211,49 @@ def _resolution(results: dict) -> float:
 
 def _ablations(results: dict) -> str:
     kinds = list(next(iter(results["rows"].values()))["kinds"])
-    lines = ["| branches | " + " | ".join(kinds) + " | mean | less all |", "|---" * (len(kinds) + 3) + "|"]
+    rows = []
     for name, row in results["rows"].items():
         shares = [f"{row['kinds'][kind]['share']:.0%}" for kind in kinds]
         less = "" if name == "as trained" else findings.points(row["difference"])
-        lines.append(f"| {name} | " + " | ".join([*shares, f"{row['mean']['share']:.1%}", less]) + " |")
-    return "\n".join(lines)
+        rows.append([name, *shares, f"{row['mean']['share']:.1%}", less])
+    return to_table(["branches", *kinds, "mean", "less all"], rows)
 
 
 def _allocation(results: dict) -> str:
-    lines = [
-        "| K | blocks | window | alpha | pairs | without compression | formula | right |",
-        "|---" * 8 + "|",
-    ]
+    rows = []
     for of_budget in results["budgets"]:
         for split in of_budget["splits"]:
-            counted = split["attention"]
-            is_trained = all(split[name] == value for name, value in results["trained"].items())
-            cells = [
-                str(of_budget["budget"]) + (" (trained)" if is_trained else ""),
-                str(split["block_counts"]),
-                str(split["window_size"]),
-                f"{split['alpha']:.2f}",
-                *(f"{counted[name]:.0%}" for name in ("exact", "without_compression", "formula")),
-                findings.percent(split["mean"]),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            shares = (split["attention"][name] for name in ("exact", "without_compression", "formula"))
+            rows.append(
+                [
+                    str(of_budget["budget"]) + (" (trained)" if is_trained(results, split) else ""),
+                    *(str(split[name]) for name in ("block_counts", "window_size")),
+                    f"{split['alpha']:.2f}",
+                    *(f"{share:.0%}" for share in shares),
+                    findings.percent(split["mean"]),
+                ]
+            )
+    return to_table(["K", "blocks", "window", "alpha", "pairs", "without compression", "formula", "right"], rows)
 
 
 def _sinks(results: dict) -> str:
-    lines = [
-        "| | keys | small values | sinks (sum) | alpha over 0.1 (sum) | sinks (mean) | alpha over 0.1 (mean) |",
-        "|---" * 7 + "|",
-    ]
+    rows = []
     for branch, numbers in results["total"].items():
         shares = [numbers["small_values"]]
         shares += [numbers[alpha][what] for alpha in ("sum", "mean") for what in ("sinks", "above")]
         cells = ["-" if share is None else f"{share:.2%}" for share in shares]
-        lines.append(f"| {branch.replace('_', ' ')} | {numbers['keys']:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([branch.replace("_", " "), f"{numbers['keys']:,}", *cells])
+    of_alpha = [f"{what} ({alpha})" for alpha in ("sum", "mean") for what in ("sinks", "alpha over 0.1")]
+    return to_table(["", "keys", "small values", *of_alpha], rows)
 
 
 def _latency(results: dict) -> str:
-    lines = ["| tokens | " + " | ".join(f"{part}, s" for part in latency.PARTS) + " | dense / nsa |"]
-    lines.append("|---" * (len(latency.PARTS) + 2) + "|")
+    rows = []
     for length in results["lengths"]:
-        seconds = [length[part]["seconds"] for part in latency.PARTS]
+        seconds = [f"{length[part]['seconds']:.3f}" for part in latency.PARTS]
         ratio = length["dense"]["seconds"] / length["nsa"]["seconds"]
-        cells = [f"{length['tokens']:,}", *(f"{value:.3f}" for value in seconds), f"{ratio:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append([f"{length['tokens']:,}", *seconds, f"{ratio:.2f}"])
+    return to_table(["tokens", *(f"{part}, s" for part in latency.PARTS), "dense / nsa"], rows)
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
 
 from synthetic.scenes import NUMBER_WORDS
 
@@ -66,6 +65,9 @@ class Question:
                 raise ValueError(f"`questions`: {self.kind} gives a single document no score")
             return score
         if is_letter(self.answer) and all(map(is_letter, self.choices)):
+            # Takes seconds to import, and few have letters.
+            from lmms_eval.tasks._task_utils.mcq_extract import extract_mcq_answer
+
             # The rule takes a word that begins with a letter for it, too.
             stands_alone = re.search(rf"(?<!\w){self.answer}(?!\w)", response)
             return float(bool(stands_alone) and extract_mcq_answer(response, list(self.choices) or None) == self.answer)
@@ -111,7 +113,7 @@ def load(source: str | Path, limit: int | None = None, seed: int = 0) -> list[Qu
     if path.is_dir():
         path = path / LINES
     if path.is_file():
-        found = ((question.kind, partial(_same, question)) for question in _of_lines(path))
+        found = ((question.kind, lambda question=question: question) for question in _of_lines(path))
     elif path.suffix or path.parent != Path("."):
         raise ValueError(f"`questions` = {str(source)!r}: there is no such file")
     else:
@@ -125,10 +127,6 @@ def load(source: str | Path, limit: int | None = None, seed: int = 0) -> list[Qu
     if limit is not None:
         kinds = {kind: chance.sample(builds, min(limit, len(builds))) for kind, builds in kinds.items()}
     return [build() for builds in kinds.values() for build in builds]
-
-
-def _same(question: Question) -> Question:
-    return question
 
 
 def _of_lines(path: Path) -> Iterator[Question]:

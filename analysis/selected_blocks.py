@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.unions import union_statistics
 
-from .figure import Setting, command
+from .figure import Setting, command, drawn
 from .observe import Layer, check_sparse, read_prompt
 from .questions import prepare
 
@@ -199,22 +199,22 @@ def plot(results: dict) -> Figure:
     for index, layer in enumerate(layers):
         shown = index in (0, len(layers) // 2, len(layers) - 1)
         label = f"layer {index}" if shown else None
-        far.plot(range(len(bins)), _drawn(layer["distance"].values()), color=colours[index], marker=".", label=label)
-    chance = _drawn(layers[0]["uniform_distance"].values())
+        far.plot(range(len(bins)), drawn(layer["distance"].values()), color=colours[index], marker=".", label=label)
+    chance = drawn(layers[0]["uniform_distance"].values())
     far.plot(range(len(bins)), chance, color="black", linestyle="--", label="by chance")
     far.set(xlabel="distance in blocks", ylabel="share of choices", ylim=(0, None))
     far.set_xticks(range(len(bins)), bins, rotation=30 if len(bins) > 6 else 0)
     for place, (frame, name) in enumerate(zip(FRAMES, ("own frame", "the one before", "earlier"), strict=True)):
         colour = f"C{place}"
-        frames.plot(numbers, _drawn(layer["frames"][frame] for layer in layers), color=colour, marker="o", label=name)
-        by_chance = _drawn(layer["uniform_frames"][frame] for layer in layers)
+        frames.plot(numbers, drawn(layer["frames"][frame] for layer in layers), color=colour, marker="o", label=name)
+        by_chance = drawn(layer["uniform_frames"][frame] for layer in layers)
         frames.plot(numbers, by_chance, color=colour, linestyle="--", linewidth=1)
     frames.plot([], [], color="gray", linestyle="--", linewidth=1, label="by chance")
     frames.set(xlabel="layer", ylabel="share of choices", ylim=(-0.03, 1.03))
     for axes, what in ((union, "union"), (kept, "kept")):
         for kind, of_kind in results["kinds"].items():
             style = {"marker": "o"} if kind == "all" else {"linewidth": 0.6, "alpha": 0.6}
-            axes.plot(numbers, _drawn(layer[what] for layer in of_kind), color="tab:orange", **style)
+            axes.plot(numbers, drawn(layer[what] for layer in of_kind), color="tab:orange", **style)
     union.set(xlabel="layer", ylabel=f"distinct blocks of {results['tile']} tokens / of one", ylim=(1, None))
     kept.set(xlabel="layer", ylabel="choices that the next token makes too", ylim=(-0.03, 1.03))
     for axes in (frames, union, kept):
@@ -222,10 +222,6 @@ def plot(results: dict) -> Figure:
     for axes in (far, frames):
         axes.legend(frameon=False, fontsize=8)
     return figure
-
-
-def _drawn(shares) -> list[float]:
-    return [float("nan") if share is None else share for share in shares]
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from nsa_kernels import compression
 
-from .figure import BRANCH_COLOURS, Setting, command, load_dense
+from .figure import BRANCH_COLOURS, Setting, command, drawn, load_dense
 from .observe import BRANCHES, Layer, read_prompt
 from .questions import prepare
 
@@ -147,6 +147,11 @@ class Tally:
             self.sink_bins[index] += bins[above & small].bincount(minlength=BINS).cpu()
             self.largest[index, head] = max(float(self.largest[index, head]), float(alpha.max()))
 
+    def merge(self, other: "Tally") -> None:
+        for name in ("keys", "small", "above", "sinks", "key_bins", "sink_bins"):
+            getattr(self, name).add_(getattr(other, name))
+        self.largest = torch.maximum(self.largest, other.largest)
+
     def numbers(self) -> dict:
         """Shares of keys."""
         keys = int(self.keys.sum())
@@ -170,9 +175,7 @@ def _joined(tallies: list[Tally]) -> Tally:
     """The layers' counts together."""
     total = Tally(len(tallies[0].keys))
     for tally in tallies:
-        for name in ("keys", "small", "above", "sinks", "key_bins", "sink_bins"):
-            getattr(total, name).add_(getattr(tally, name))
-        total.largest = torch.maximum(total.largest, tally.largest)
+        total.merge(tally)
     return total
 
 
@@ -187,15 +190,14 @@ def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
     if dense_checkpoint is not None:
         models.append(load_dense(dense_checkpoint, setting.model))
     found: dict[str, list[Tally]] = {}
-    of_prompt: dict[str, Tally] = {}
+    of_prompt: dict[str, list[Tally]] = {}
 
     def look(layer: Layer) -> None:
         for head in range(len(layer.key)):
             for branch, keys in received(layer, head).items():
-                layers = found.setdefault(branch, [])
+                layers = of_prompt.setdefault(branch, [])
                 layers += [Tally(len(layer.key)) for _ in range(layer.index + 1 - len(layers))]
                 layers[layer.index].add(head, keys)
-                of_prompt.setdefault(branch, Tally(len(layer.key))).add(head, keys)
 
     prompts: dict[str, dict[str, list]] = {}
     for question in tqdm(setting.questions, desc="Sinks", disable=None):
@@ -203,8 +205,14 @@ def run(setting: Setting, dense_checkpoint: str | None = None) -> dict:
         of_prompt.clear()
         for model in models:
             read_prompt(model, inputs, look)
-        for branch, tally in of_prompt.items():
-            numbers, lists = tally.numbers(), prompts.setdefault(branch, {name: [] for name in NORMALISATIONS})
+        for branch, layers in of_prompt.items():
+            totals = found.setdefault(branch, [Tally(len(tally.keys)) for tally in layers])
+            for total, tally in zip(totals, layers, strict=True):
+                total.merge(tally)
+            numbers, lists = (
+                _joined(layers).numbers(),
+                prompts.setdefault(branch, {name: [] for name in NORMALISATIONS}),
+            )
             for name in NORMALISATIONS:
                 lists[name].append(numbers[name]["sinks"])
     totals = {branch: _joined(layers) for branch, layers in found.items()}
@@ -234,7 +242,7 @@ def plot(results: dict) -> Figure:
         for branch, layers in results["layers"].items():
             style = {"color": COLOURS[branch], "linestyle": "--" if branch == "dense_all_keys" else "-"}
             for axes, what in ((by_layer, "sinks"), (alone, "above")):
-                shares = [_percent(layer[name][what]) for layer in layers]
+                shares = [100 * share for share in drawn(layer[name][what] for layer in layers)]
                 axes.plot(range(len(layers)), shares, marker="o", markersize=3, label=branch.replace("_", " "), **style)
             density = results["density"][branch]
             counts = zip(density[f"sinks_{name}"], density["keys"], strict=True)
@@ -250,10 +258,6 @@ def plot(results: dict) -> Figure:
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
     return figure
-
-
-def _percent(share: float | None) -> float:
-    return float("nan") if share is None else 100 * share
 
 
 if __name__ == "__main__":

@@ -96,6 +96,21 @@ def tiny_config(tokenizer: Qwen2TokenizerFast, **text_overrides) -> Qwen2_5_VLCo
     )
 
 
+def random_qwen2_5_vl(config, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of transformers with random weights in float32.
+
+    transformers' initialisation (std 0.02, zero biases) leaves every attention pattern flat; wider weights make
+    attention errors visible in the logits.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return model
+
+
 def save_tiny_qwen2_5_vl(
     folder: str | Path,
     *,
@@ -124,14 +139,7 @@ def save_tiny_qwen2_5_vl(
     tokenizer = tiny_tokenizer()
     config = tiny_config(tokenizer, **text_overrides)
     config.tie_word_embeddings = tie_word_embeddings
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        # transformers' initialisation (std 0.02, zero biases) leaves every attention pattern flat; wider weights make
-        # attention errors visible in the logits.
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    model = random_qwen2_5_vl(config, seed)
     model.generation_config = GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],

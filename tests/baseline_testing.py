@@ -2,22 +2,17 @@
 
 import torch
 from conftest import build_model
-from tiny_random import tiny_config, tiny_tokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration
+from tiny_random import random_qwen2_5_vl, tiny_config, tiny_tokenizer
 
 FLOAT64 = {"atol": 1e-11, "rtol": 1e-11}
 """Sums of at most a thousand terms of size one, a few after another: 1000 * 2**-52, times their number."""
 
 
-def build_qwen(seed=0, dtype=torch.float64, **text):
+def build_qwen(seed=0, dtype=torch.float64, attn_implementation="sdpa", **text):
     """A random tiny Qwen2.5-VL of transformers, whose weights are wide enough for every attention error to show."""
     config = tiny_config(tiny_tokenizer(), **text)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    config._attn_implementation = attn_implementation
+    model = random_qwen2_5_vl(config, seed)
     model.generation_config.eos_token_id = None
     return model.to(dtype).eval()
 

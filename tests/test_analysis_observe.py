@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from baseline_testing import build_qwen
 from conftest import ROOT, Prompts, build_model, build_released
 from matplotlib.figure import Figure
-from tiny_random import tiny_config, tiny_tokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from analysis import figure, head_similarity, observe, questions, selected_blocks, sinks
 from nsa_kernels import reference, utils
@@ -139,24 +138,11 @@ def test_selected_blocks_are_the_oracles(max_scores, monkeypatch):
     assert torch.equal(torch.stack(found, 1), oracle_blocks(layer))
 
 
-def build_qwen(seed: int = 0, implementation: str = "sdpa") -> Qwen2_5_VLForConditionalGeneration:
-    """Plain Qwen2.5-VL with weights so wide that attention prefers some keys to others."""
-    config = tiny_config(tiny_tokenizer())
-    config._attn_implementation = implementation
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Qwen2_5_VLForConditionalGeneration(config)
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return model.eval()
-
-
 BUILDERS = {
     "sparse": lambda: build_model(torch.float32),
     "dense": lambda: build_model(torch.float32, nsa_mode="dense"),
-    "qwen": build_qwen,
-    "qwen eager": lambda: build_qwen(implementation="eager"),
+    "qwen": lambda: build_qwen(dtype=torch.float32),
+    "qwen eager": lambda: build_qwen(dtype=torch.float32, attn_implementation="eager"),
 }
 of_every_model = pytest.mark.parametrize("name", BUILDERS)
 
