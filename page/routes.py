@@ -7,6 +7,7 @@ for files, and whatever a version of it adds, are not.
 """
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
@@ -30,6 +31,8 @@ _MAX_NAME = 80
 CHUNK_SECONDS = 30.0
 """An upload ends where nothing has come for so long."""
 _CHECK_SECONDS = 0.2
+LINGER_SECONDS = 5.0
+"""For so long, what still comes of a refused request is taken and thrown away."""
 # What the page asks for, as a browser was seen to. To stop is the one event that does without the queue: it comes as
 # `run/predict` with its number, and Gradio refuses the numbers of others there.
 _OPEN = {
@@ -243,7 +246,11 @@ async def _chunks(request: Request, is_wanted: Callable[[], bool]) -> AsyncItera
 
 
 class OnlyThePage:
-    """ASGI middleware: what the page does not need is not found; events carry no files, and their size is bounded."""
+    """ASGI middleware: what the page does not need is not found; events carry no files, and their size is bounded.
+
+    A request that is answered before it has all come, as one of a file that is too large, is listened to a little
+    longer: a client that still sends when the connection closes sees a broken connection in place of the answer.
+    """
 
     def __init__(self, app: Callable[..., Awaitable[None]]):
         self.app = app
@@ -253,6 +260,8 @@ class OnlyThePage:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close"})
+        if scope["method"] in ("POST", "PUT"):
+            receive, send = _lingering(receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         is_open = _OPEN.get(scope["method"])
         if is_open is None or not is_open.fullmatch(path):
@@ -268,6 +277,32 @@ class OnlyThePage:
                 return await PlainTextResponse("Refused", 400)(scope, receive, send)
             receive = _replay(body, receive)
         return await self.app(scope, receive, send)
+
+
+def _lingering(receive: Callable, send: Callable) -> tuple[Callable, Callable]:
+    """The same, and the answer ends when the request has ended, or `LINGER_SECONDS` later."""
+    is_whole = False
+
+    async def received():
+        nonlocal is_whole
+        message = await receive()
+        is_whole |= not message.get("more_body", False)  # a disconnection has none either
+        return message
+
+    async def sent(message):
+        if is_whole or message["type"] != "http.response.body" or message.get("more_body", False):
+            return await send(message)
+        await send(message | {"more_body": True})
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(_throw_away(received), LINGER_SECONDS)
+        return await send({"type": "http.response.body"})
+
+    return received, sent
+
+
+async def _throw_away(receive: Callable) -> None:
+    while (await receive()).get("more_body", False):
+        pass
 
 
 def _has_files(body: bytes) -> bool:

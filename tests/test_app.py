@@ -586,8 +586,9 @@ class TestServer:
             (b"a text", 415, "not a video file"),
             (b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n", 415, "not a video file"),
             (b"\0\0\0\x18ftypisom" + bytes(1 << 20), 413, "larger than 1 MB"),
+            (bytes(100 << 20), 413, "larger than 1 MB"),
         ],
-        ids=["empty", "text", "playlist", "large"],
+        ids=["empty", "text", "playlist", "large", "very large"],
     )
     def test_what_is_no_video_is_not_kept(self, client, server, content, status, said):
         answer = client.upload(content, "film.mp4")
@@ -665,10 +666,27 @@ class TestServer:
     def test_a_large_body_without_its_length(self, client, server):
         """Chunks, as of somebody who does not tell how much is to come."""
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=SECONDS)
-        body = iter([b"\0\0\0\x18ftypisom", *[bytes(1 << 18)] * 5])
-        with contextlib.suppress(ConnectionError):  # it may end before all is sent
-            connection.request("PUT", f"/visitor/{client.key}/upload?name=a.mp4", body, encode_chunked=True)
+        body = iter([b"\0\0\0\x18ftypisom", *[bytes(1 << 18)] * 100])
+        connection.request("PUT", f"/visitor/{client.key}/upload?name=a.mp4", body, encode_chunked=True)
         assert connection.getresponse().status == 413
+
+    @pytest.mark.parametrize(
+        ("method", "path", "status"),
+        [
+            ("PUT", "/visitor/nobody/upload", 410),
+            ("POST", "/gradio_api/upload", 404),
+            ("POST", "/gradio_api/queue/join", 400),
+        ],
+    )
+    def test_large_requests_see_why_they_are_refused(self, server, method, path, status):
+        """None is read to its end by what refuses it."""
+        assert request(server.url + path, bytes(100 << 20), method)[0] == status
+
+    def test_a_refused_request_that_never_ends(self, server):
+        with socket.create_connection(("127.0.0.1", server.port), SECONDS) as connection:
+            connection.sendall(b"PUT /visitor/nobody/upload HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n")
+            with connection.makefile("rb") as answer:
+                assert answer.read().startswith(b"HTTP/1.1 410")  # to its end: the server closes the connection
 
     def test_broken_and_long_videos(self, client, server, examples, tmp_path):
         whole = examples[0][0].path.read_bytes()
