@@ -39,13 +39,17 @@ def forward(
             k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
             for chunk, first in _chunks(span, block_size * block_counts, size):
                 index = chunk, utils.head_slice(head, group_size)
-                q_chunk = q[index].to(acc)
+                q_chunk = q[index].to(acc).contiguous()
                 o_cmp, lse_cmp, indices = _compress_and_choose(
                     q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
                 )
                 if _selects_all(first, block_size, block_counts):
                     o_slc, lse_slc = sliding_window.window_forward(
                         q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
+                    )
+                elif first + len(q_chunk) <= selection.MASKED_BLOCKS * block_size * block_counts:
+                    o_slc, lse_slc = selection.selection_forward_masked(
+                        q_chunk, k_head, v_head, indices, first, block_size, softmax_scale
                     )
                 else:
                     o_slc, lse_slc = selection.selection_forward(

@@ -18,10 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, reference, utils
+from . import dense, operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
+# Up to so many times the keys that are selected, scores for all keys are faster than gathering.
+MASKED_BLOCKS = 2
+# Query tokens that `selection_forward_masked` takes at a time.
+_MASKED_TOKENS = 256
 
 
 class _Tiles(NamedTuple):
@@ -36,18 +40,22 @@ class _Tiles(NamedTuple):
 
 
 class Scratch:
-    """Memory for the pairs' outputs, reused from chunk to chunk: fresh pages cost as much as the arithmetic."""
+    """Memory that is reused from one use to the next: fresh pages cost as much as the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffer: Tensor | None = None
+        self._buffers: dict[str, Tensor] = {}
 
-    def take(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call."""
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call with this name."""
         numel = torch.Size(shape).numel()
-        if self._buffer is None or self._buffer.numel() < numel:
-            self._buffer = None  # freed before the larger one is allocated
-            self._buffer = like.new_empty(numel)
-        return self._buffer[:numel].view(shape)
+        if name not in self._buffers or self._buffers[name].numel() < numel:
+            self._buffers.pop(name, None)  # freed before the larger one is allocated
+            self._buffers[name] = like.new_empty(numel)
+        return self._buffers[name][:numel].view(shape)
+
+    def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """x[rows], in such memory."""
+        return torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
 
 
 def chunk_tokens(block_counts: int, group_size: int, head_dim: int) -> int:
@@ -77,15 +85,15 @@ class Blocks:
         """(num_blocks, size, head_dim), for gradients."""
         return self.whole.new_zeros(len(self), *self.whole.shape[1:])
 
-    def fetch(self, blocks: Tensor) -> Tensor:
-        """(tiles,) -> (tiles, size, head_dim), of the blocks of `_Tiles`: an incomplete last one is at their end."""
+    def fetch(self, blocks: Tensor, scratch: Scratch, name: str) -> Tensor:
+        """(tiles,) -> (tiles, size, head_dim) in the scratch's memory, of the blocks of `_Tiles`."""
         if not len(self.whole):
-            return self.last.index_select(0, blocks)
+            return scratch.take_rows(name, self.last, blocks)
         num_whole = len(self.whole)
-        if not len(self.last) or (utils.reading_is_free(blocks.device) and blocks[-1] < num_whole):
-            return self.whole.index_select(0, blocks)
-        taken = self.whole.index_select(0, blocks.clamp(max=num_whole - 1))
-        return torch.where((blocks == num_whole)[:, None, None], self.last, taken)
+        if not len(self.last) or (utils.reading_is_free(blocks.device) and blocks[-1] < num_whole):  # the last is last
+            return scratch.take_rows(name, self.whole, blocks)
+        taken = scratch.take_rows(name, self.whole, blocks.clamp(max=num_whole - 1))
+        return torch.where((blocks == num_whole)[:, None, None], self.last, taken, out=taken)
 
 
 def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: int) -> _Tiles:
@@ -120,28 +128,28 @@ def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     return _Tiles(tile_tokens, inside, run % num_blocks, slots.masked_fill_(~counted, 0), counted, first_own)
 
 
-def _gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(x: Tensor, rows: Tensor, scratch: Scratch, name: str) -> Tensor:
     """x (tokens, group_size[, dim]), rows (tiles, tile_size) -> (tiles, tile_size * group_size, dim or 1)."""
-    return x.index_select(0, rows.flatten()).view(rows.shape[0], rows.shape[1] * x.shape[1], -1)
+    return scratch.take_rows(name, x, rows.flatten()).view(rows.shape[0], rows.shape[1] * x.shape[1], -1)
 
 
-def _score_batches(q: Tensor, k_blocks: Blocks, tiles: _Tiles, first: int, softmax_scale: float):
-    """Batches of (slice of tiles, rows (tiles, tile_size), query rows, scaled scores (.., tile_size * group, B))."""
+def _batches(q: Tensor, k_blocks: Blocks, tiles: _Tiles, first: int):
+    """Batches of (slice of tiles, rows (tiles, tile_size), mask to add to their scores or None).
+
+    The mask (.., tile_size, 1, B) hides keys after the row from it, in tiles of rows and their own block.
+    """
     _, group_size, head_dim = q.shape
     num_tiles, tile_size = tiles.tokens.shape
-    block_size = k_blocks.size
-    step = utils.tile_tokens(tile_size * group_size * (head_dim + block_size), q.device)
-    offset = torch.arange(block_size, device=q.device)
+    step = utils.tile_tokens(tile_size * group_size * (head_dim + k_blocks.size), q.device)
+    offset = torch.arange(k_blocks.size, device=q.device)
     for start in range(0, num_tiles, step):
         batch = slice(start, min(start + step, num_tiles))
-        rows = tiles.tokens[batch]
-        q_rows = _gather_rows(q, rows)
-        scores = q_rows @ k_blocks.fetch(tiles.blocks[batch]).mul_(softmax_scale).mT
+        rows, mask = tiles.tokens[batch], None
         if batch.stop > tiles.first_own:
-            key = (tiles.blocks[batch, None] * block_size + offset)[:, None, None]
-            hidden = key > (rows + first)[:, :, None, None]  # (tiles, tile_size, 1, B)
-            scores.view(-1, tile_size, group_size, block_size).masked_fill_(hidden, -torch.inf)
-        yield batch, rows, q_rows, scores
+            key = tiles.blocks[batch, None] * k_blocks.size + offset
+            hidden = key[:, None] > (rows + first)[:, :, None]
+            mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, :, None]
+        yield batch, rows, mask
 
 
 def selection_forward(
@@ -163,27 +171,55 @@ def selection_forward(
     group_size, head_dim = q.shape[1:]
     tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
     num_tiles, tile_size = tiles.tokens.shape
-    partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
-    maxima = q.new_empty(num_tiles, tile_size * group_size)
-    sums = torch.empty_like(maxima)
-    lowest = torch.finfo(q.dtype).min
-    for batch, _, _, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
-        # Only the unused rows of a tile can be hidden from all keys; a finite maximum keeps nan out of them.
-        row_max = scores.amax(-1, keepdim=True).clamp_min_(lowest)
-        probs = scores.sub_(row_max).exp_()
-        maxima[batch] = row_max.squeeze(-1)
-        sums[batch] = probs.sum(-1)
-        torch.bmm(probs, v_blocks.fetch(tiles.blocks[batch]), out=partial[batch])
+    partial = scratch.take("partial", (num_tiles, tile_size * group_size, head_dim), q)
+    partial_lse = q.new_empty(num_tiles, tile_size * group_size)
+    for batch, rows, mask in _batches(q, k_blocks, tiles, first):
+        blocks = tiles.blocks[batch]
+        if mask is not None:
+            mask = mask.expand(-1, -1, group_size, -1).flatten(1, 2)[:, None]
+        o, lse = dense.attend(
+            _gather_rows(q, rows, scratch, "q")[:, None],
+            k_blocks.fetch(blocks, scratch, "k")[:, None],
+            v_blocks.fetch(blocks, scratch, "v")[:, None],
+            softmax_scale,
+            mask,
+        )
+        partial[batch], partial_lse[batch] = o[:, 0], lse[:, 0]
 
-    # Each token's pairs, put on their common maximum: (tokens, block_counts, group_size).
-    pair_max = maxima.view(-1, group_size)[tiles.slots].masked_fill_(~tiles.counted[..., None], -torch.inf)
-    row_max = pair_max.amax(1, keepdim=True).clamp_min_(lowest)
-    weights = pair_max.sub_(row_max).exp_()
-    row_sum = (weights * sums.view(-1, group_size)[tiles.slots]).sum(1, keepdim=True)
-    lse = (row_sum.log() + row_max).squeeze(1)
-    # A token's largest pair has weight 1 and a sum of at least 1: only a token without pairs is below.
-    weights.div_(row_sum.clamp_min_(1.0))
+    # Each token's pairs, weighted by their share of its softmax: (tokens, block_counts, group_size).
+    weights = partial_lse.view(-1, group_size)[tiles.slots].masked_fill_(~tiles.counted[..., None], -torch.inf)
+    lse = weights.logsumexp(1)
+    # Of a token without pairs all weights are exp(-inf - 0).
+    weights.sub_(lse.masked_fill(lse.isneginf(), 0.0)[:, None]).exp_()
     return _add_pairs(partial, tiles.slots, group_size, weights), lse
+
+
+def selection_forward_masked(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, first: int, block_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same with scores for all keys, which is faster where most blocks are selected; every token needs a block.
+
+    Args:
+        k, v: (num_keys, head_dim).
+    """
+    tokens = q.shape[0]
+    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
+    for start in range(0, tokens, _MASKED_TOKENS):
+        rows = slice(start, min(start + _MASKED_TOKENS, tokens))
+        keys = slice(first + rows.stop)
+        num_blocks = -(-keys.stop // block_size)
+        blocks = block_indices[rows].long()
+        blocks = blocks.masked_fill((blocks < 0) | (blocks > num_blocks), num_blocks)  # a column that is not looked at
+        is_chosen = blocks.new_zeros(len(blocks), num_blocks + 1, dtype=torch.bool).scatter_(1, blocks, True)
+        position = torch.arange(first + start, keys.stop, device=q.device)
+        is_seen = is_chosen.repeat_interleave(block_size, 1)[:, : keys.stop]
+        is_seen &= torch.arange(keys.stop, device=q.device) <= position[:, None]
+        mask = torch.where(is_seen, 0.0, -torch.inf).to(q.dtype)
+        o_rows, lse_rows = dense.attend(
+            q[rows].transpose(0, 1)[None], k[None, None, keys], v[None, None, keys], softmax_scale, mask
+        )
+        o[rows], lse[rows] = o_rows[0].transpose(0, 1), lse_rows[0].T
+    return o, lse
 
 
 def _add_pairs(partial: Tensor, slots: Tensor, group_size: int, weights: Tensor) -> Tensor:
@@ -217,20 +253,28 @@ def selection_backward(
     group_size, head_dim = q.shape[1:]
     tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
     num_tiles, tile_size = tiles.tokens.shape
-    partial = scratch.take((num_tiles, tile_size * group_size, head_dim), q)
-    for batch, rows, q_rows, scores in _score_batches(q, k_blocks, tiles, first, softmax_scale):
-        blocks = tiles.blocks[batch]
+    partial = scratch.take("partial", (num_tiles, tile_size * group_size, head_dim), q)
+    for batch, rows, mask in _batches(q, k_blocks, tiles, first):
+        blocks, q_rows = tiles.blocks[batch], _gather_rows(q, rows, scratch, "q")
+        k_rows, v_rows = k_blocks.fetch(blocks, scratch, "k"), v_blocks.fetch(blocks, scratch, "v")
+        scores = (q_rows @ k_rows.mT).mul_(softmax_scale)
+        if mask is not None:
+            scores.view(*rows.shape, group_size, -1).add_(mask)
         # Rows without a pair repeat token 0 of the chunk: an infinite lse makes their probabilities 0.
-        lse_rows = _gather_rows(lse, rows).view(*rows.shape, -1).masked_fill(~tiles.inside[batch, :, None], torch.inf)
+        lse_rows = (
+            _gather_rows(lse, rows, scratch, "lse")
+            .view(*rows.shape, -1)
+            .masked_fill(~tiles.inside[batch, :, None], torch.inf)
+        )
         probs = scores.sub_(lse_rows.view(len(rows), -1, 1)).exp_()
-        do_rows = _gather_rows(do, rows)
-        dscores = do_rows @ v_blocks.fetch(blocks).mT
+        do_rows = _gather_rows(do, rows, scratch, "do")
+        dscores = do_rows @ v_rows.mT
         if gate is not None:
-            probs.mul_(_gather_rows(gate, rows))
+            probs.mul_(_gather_rows(gate, rows, scratch, "gate"))
         utils.add_rows_(dv_blocks, blocks, probs.mT @ do_rows)
-        dscores = dscores.sub_(_gather_rows(delta, rows)).mul_(probs).mul_(softmax_scale)
+        dscores = dscores.sub_(_gather_rows(delta, rows, scratch, "delta")).mul_(probs).mul_(softmax_scale)
         utils.add_rows_(dk_blocks, blocks, dscores.mT @ q_rows)
-        torch.bmm(dscores, k_blocks.fetch(blocks), out=partial[batch])
+        torch.bmm(dscores, k_rows, out=partial[batch])
     weights = tiles.counted[..., None].expand(-1, -1, group_size).to(q.dtype)
     return _add_pairs(partial, tiles.slots, group_size, weights)
 

@@ -13,31 +13,26 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, reference, utils
+from . import dense, operators, reference, utils
 
 # Query tokens per tile. A tile computes window_size + tile - 1 columns for window_size useful ones.
 _TILE_TOKENS = {"cpu": 64}
 _TILE_TOKENS_ACCELERATOR = 256
 
 
-def _score_tiles(
-    q: Tensor, k: Tensor, first: int, window_size: int, softmax_scale: float
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of (query rows, key rows, scaled scores (rows, group_size, keys), -inf outside the window)."""
-    tokens, group_size, head_dim = q.shape
+def _tiles(q: Tensor, first: int, window_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of (query rows, key rows, band (rows, 1, keys) of 0 inside the window and -inf outside)."""
+    tokens, group_size, _ = q.shape
     step = _TILE_TOKENS.get(q.device.type, _TILE_TOKENS_ACCELERATOR)
     step = min(step, utils.tile_tokens(group_size * min(window_size + step, first + tokens), q.device))
-    oldest = max(0, first - window_size + 1)
-    scaled_k = k[oldest : first + tokens] * softmax_scale
-    band_shape, band = None, None
+    band = q.new_empty(0, 1, 0)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         keys = slice(max(0, first + start - window_size + 1), first + rows.stop)
-        scores = q[rows].reshape(-1, head_dim) @ scaled_k[keys.start - oldest : keys.stop - oldest].mT
-        shape = rows.stop - start, keys.stop - keys.start
-        if shape != band_shape:  # the band looks the same from tile to tile, once past the start of the sequence
-            band_shape, band = shape, _band(*shape, window_size, q)
-        yield rows, keys, scores.view(-1, group_size, shape[1]).add_(band)
+        shape = rows.stop - start, 1, keys.stop - keys.start
+        if band.shape != shape:  # the band looks the same from tile to tile, once past the start of the sequence
+            band = _band(shape[0], shape[2], window_size, q)
+        yield rows, keys, band
 
 
 def _band(rows: int, keys: int, window_size: int, like: Tensor) -> Tensor:
@@ -56,14 +51,20 @@ def window_forward(
     Args:
         q: (tokens, group_size, head_dim), the tokens at positions first, first + 1, ...; k, v: (num_keys, head_dim).
     """
+    tokens, group_size, head_dim = q.shape
+    if first == 0 and window_size >= tokens and dense.skips_the_future(q):
+        o, lse = dense.attend(
+            q.transpose(0, 1)[None], k[None, None, :tokens], v[None, None, :tokens], softmax_scale, is_causal=True
+        )
+        return o[0].transpose(0, 1), lse[0].T
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2])
-    for rows, keys, scores in _score_tiles(q, k, first, window_size, softmax_scale):
-        row_max = scores.amax(-1, keepdim=True)
-        probs = scores.sub_(row_max).exp_()
-        row_sum = probs.sum(-1, keepdim=True)
-        lse[rows] = (row_sum.log() + row_max).squeeze(-1)
-        o[rows] = (probs.flatten(0, 1) @ v[keys]).view(o[rows].shape).div_(row_sum)
+    for rows, keys, band in _tiles(q, first, window_size):
+        o_rows, lse_rows = dense.attend(
+            q[rows].reshape(1, 1, -1, head_dim), k[None, None, keys], v[None, None, keys], softmax_scale,
+            band.expand(-1, group_size, -1).flatten(0, 1),
+        )  # fmt: skip
+        o[rows], lse[rows] = o_rows.view_as(o[rows]), lse_rows.view_as(lse[rows])
     return o, lse
 
 
@@ -87,9 +88,10 @@ def window_backward(
     """
     dq = torch.empty_like(q)
     delta = torch.empty_like(lse)
-    for rows, keys, scores in _score_tiles(q, k, first, window_size, softmax_scale):
-        probs = scores.sub_(lse[rows, :, None]).exp_()
+    for rows, keys, band in _tiles(q, first, window_size):
         q_rows, do_rows = q[rows].flatten(0, 1), do[rows].flatten(0, 1)
+        scores = (q_rows @ (k[keys] * softmax_scale).mT).view(-1, q.shape[1], band.shape[2])
+        probs = scores.add_(band).sub_(lse[rows, :, None]).exp_()
         dscores = (do_rows @ v[keys].mT).view_as(probs)
         delta[rows] = (probs * dscores).sum(-1)
         if gate is not None:
