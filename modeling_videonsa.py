@@ -4,15 +4,13 @@ Written as a difference from transformers' Qwen2.5-VL. What is new:
 
 - `VideoNSAAttention` sends vision rows, packed over the batch, through `nsa_kernels`, and text rows through
   Qwen2.5-VL's own attention over all earlier keys;
-- `VideoNSAModel` decides once per forward call which rows are which (`nsa_kernels/routing.py`), and computes the M-RoPE
+- `VideoNSAModel` decides once per forward call which rows are which (`routing_videonsa.py`), and computes the M-RoPE
   positions that Qwen2.5-VL was trained with (`positions_videonsa.py`);
 - every class loads checkpoints under published names as well (`names_videonsa.py`);
 - `VideoNSAForConditionalGeneration` generates (`generation_videonsa.py`), and saves `nsa_kernels/` with the weights.
 
 A call without vision tokens (a text prompt, a decoding step) and `nsa_mode="dense"` are Qwen2.5-VL's computation.
 """
-
-import importlib
 
 import torch
 from torch import nn
@@ -32,17 +30,33 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLTextModel,
     apply_rotary_pos_emb,
 )
-from transformers.utils import logging
 
 try:
     from .cache_videonsa import RoomyCache
     from .configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from .generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from .hub_videonsa import PushMixin, save_kernel_folder
+    from .kernels_videonsa import KERNEL_NAMES, kernel_module
     from .kv_budget_videonsa import mask_of_layer
+    from .layer_videonsa import (
+        attend_text,
+        attention_operator,
+        place_rows,
+        released_operator,
+        released_plan,
+        released_routing_of,
+        released_rows,
+        routing_of,
+        text_inputs,
+        vision_inputs,
+        vision_plan,
+    )
     from .names_videonsa import CheckpointNamesMixin
-    from .positions_videonsa import check_media, mrope_position_ids
+    from .positions_videonsa import check_media, mrope_position_ids, mrope_position_ids_operator
     from .reading_videonsa import ReadingMixin
+    from .released_videonsa import ReleasedRouting, check_token_types, may_hold_vision, text_ids_operator
+    from .routing_videonsa import VisionRouting, check_sparse_call, first_columns, is_2d, refuse_export, sample_starts
+    from .token_types_videonsa import TokenTypesMixin
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
@@ -50,50 +64,31 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from configuration_videonsa import AUTO_MAP, NSA_FIELDS, VideoNSAConfig, VideoNSATextConfig
     from generation_videonsa import CACHE_NAME, VideoGenerationMixin, takes_either_cache_name
     from hub_videonsa import PushMixin, save_kernel_folder
+    from kernels_videonsa import KERNEL_NAMES, kernel_module
     from kv_budget_videonsa import mask_of_layer
+    from layer_videonsa import (
+        attend_text,
+        attention_operator,
+        place_rows,
+        released_operator,
+        released_plan,
+        released_routing_of,
+        released_rows,
+        routing_of,
+        text_inputs,
+        vision_inputs,
+        vision_plan,
+    )
     from names_videonsa import CheckpointNamesMixin
-    from positions_videonsa import check_media, mrope_position_ids
+    from positions_videonsa import check_media, mrope_position_ids, mrope_position_ids_operator
     from reading_videonsa import ReadingMixin
-
-logger = logging.get_logger(__name__)
-
-# transformers copies the files that a remote-code module imports by scanning its text, and only knows flat files. It
-# takes these lines for imports and so brings the folder along, at the same commit, locally and from the Hub.
-_KERNEL_FILES = """
-from .nsa_kernels/attention import *
-from .nsa_kernels/attention_budget import *
-from .nsa_kernels/compression import *
-from .nsa_kernels/dense_causal import *
-from .nsa_kernels/layer import *
-from .nsa_kernels/operators import *
-from .nsa_kernels/reference import *
-from .nsa_kernels/released import *
-from .nsa_kernels/routing import *
-from .nsa_kernels/selection import *
-from .nsa_kernels/sliding_window import *
-from .nsa_kernels/text_rows import *
-from .nsa_kernels/topk import *
-from .nsa_kernels/triton_attention import *
-from .nsa_kernels/triton_choice import *
-from .nsa_kernels/triton_compression import *
-from .nsa_kernels/triton_selection import *
-from .nsa_kernels/triton_selection_dkv import *
-from .nsa_kernels/triton_text import *
-from .nsa_kernels/triton_tiles import *
-from .nsa_kernels/triton_window import *
-from .nsa_kernels/utils import *
-"""
-_KERNEL_NAMES = [line.split()[1].removeprefix(".nsa_kernels/") for line in _KERNEL_FILES.strip().splitlines()]
+    from released_videonsa import ReleasedRouting, check_token_types, may_hold_vision, text_ids_operator
+    from routing_videonsa import VisionRouting, check_sparse_call, first_columns, is_2d, refuse_export, sample_starts
+    from token_types_videonsa import TokenTypesMixin
 
 
-def _kernel_module(name: str):
-    return importlib.import_module(f".nsa_kernels.{name}" if __package__ else f"nsa_kernels.{name}", __package__)
-
-
-nsa_attention = _kernel_module("attention").nsa_attention
-_layer, _operators = _kernel_module("layer"), _kernel_module("operators")
-_released, _routing = _kernel_module("released"), _kernel_module("routing")
-ReleasedRouting, VisionRouting = _released.ReleasedRouting, _routing.VisionRouting
+nsa_attention = kernel_module("attention").nsa_attention
+records_grad = kernel_module("operators").records_grad
 
 # From `model.layers.*` and `visual.*` to `model.language_model.layers.*` and `model.visual.*`.
 _PUBLISHED_NAMES = get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration")
@@ -157,27 +152,27 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if torch.compiler.is_compiling():
             return self._attend_in_graph(hidden_states, query, key, value, routing)
         if isinstance(routing, torch.Tensor):  # the model is compiled, but not this layer
-            routing = _layer.routing_of(routing, query)
+            routing = routing_of(routing, query)
         gates = torch.sigmoid(self._gate_logits(hidden_states[routing.vision_rows]))
         return self._attend_rows(query, key, value, gates, routing, **kwargs)
 
     def _attend_rows(self, query, key, value, gates, routing: VisionRouting, **kwargs) -> torch.Tensor:
         """`_attend` of any share of the heads; gates: (total_q, num_heads, 3)."""
-        vision = nsa_attention(*_layer.vision_inputs(query, key, value, gates, routing), **self._settings)
+        vision = nsa_attention(*vision_inputs(query, key, value, gates, routing), **self._settings)
         options = self.config._attn_implementation, self.scaling, self.config.nsa_backend
-        runs = (_layer.text_inputs(query, key, value, run) for run in routing.text_runs)
-        text = [_layer.attend_text(*run, *options, self, **kwargs) for run in runs]
-        return _layer.place_rows(query, vision, text, routing)
+        runs = (text_inputs(query, key, value, run) for run in routing.text_runs)
+        text = [attend_text(*run, *options, self, **kwargs) for run in runs]
+        return place_rows(query, vision, text, routing)
 
     def _attend_in_graph(self, hidden_states, query, key, value, routing) -> torch.Tensor:
-        """`_attend` in compiled code: gates of every row, and one node for the attention, see nsa_kernels/layer.py."""
+        """`_attend` in compiled code: gates of every row, and one node for the attention, see layer_videonsa.py."""
         plan = routing if isinstance(routing, torch.Tensor) else routing.plan
         gates, settings = self._gate_logits(hidden_states), tuple(self._settings.values())
         if self.config.nsa_variant == "released":
-            return _layer.released_operator(query, key, value, gates, plan, *settings)
+            return released_operator(query, key, value, gates, plan, *settings)
         inputs = query, key, value, torch.sigmoid(gates)
-        options = self.config._attn_implementation or "eager", _operators.records_grad(*inputs)
-        return _layer.attention_operator(*inputs, plan, *settings, *options)[0]
+        options = self.config._attn_implementation or "eager", records_grad(*inputs)
+        return attention_operator(*inputs, plan, *settings, *options)[0]
 
     @property
     def _settings(self) -> dict:
@@ -194,8 +189,8 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         if torch.compiler.is_compiling():
             return self._attend_in_graph(hidden_states, query, key, value, routing)
         if isinstance(routing, torch.Tensor):
-            routing = _layer.released_routing_of(routing, query)
-        return _layer.released_rows(
+            routing = released_routing_of(routing, query)
+        return released_rows(
             query, key, value, lambda *rows: self._gate_logits(hidden_states[rows]), routing, **self._settings
         )
 
@@ -251,32 +246,17 @@ class VideoNSATextModel(VideoNSAPreTrainedModel, Qwen2_5_VLTextModel):
         return super().forward(input_ids, attention_mask, vision_routing=vision_routing, **kwargs)
 
     def _route_as_released(self, tokens, attention_mask, kwargs) -> ReleasedRouting | torch.Tensor | None:
-        if not _released.may_hold_vision(tokens, kwargs):
+        if not may_hold_vision(tokens, kwargs):
             return None
         if torch.compiler.is_compiling():
-            plan = _layer.released_plan(tokens, attention_mask, kwargs, self.config)
+            plan = released_plan(tokens, attention_mask, kwargs, self.config)
             if plan is not None:
                 return plan
-        _routing.refuse_export()
+        refuse_export()
         return ReleasedRouting.build(tokens, attention_mask, kwargs, self.config)
 
 
-_position_operator = _operators.define(
-    "mrope_position_ids",
-    "(Tensor mm_token_type_ids, Tensor? image_grid_thw, Tensor? video_grid_thw, Tensor? second_per_grid_ts, "
-    "Tensor? attention_mask, int spatial_merge_size, float tokens_per_second, bool truncate_seconds) "
-    "-> (Tensor, Tensor)",
-    lambda *args: mrope_position_ids(
-        *args[:5], spatial_merge_size=args[5], tokens_per_second=args[6], truncate_seconds=args[7]
-    ),
-    lambda types, *_: (
-        types.new_empty(3, *types.shape, dtype=torch.long),
-        types.new_empty(len(types), 1, dtype=torch.long),
-    ),
-)
-
-
-class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
+class VideoNSAModel(TokenTypesMixin, VideoNSAPreTrainedModel, Qwen2_5_VLModel):
     # Not Qwen2_5_VLModel's, which would take `model.visual.*` for a part of the language model.
     _checkpoint_renamings = _PUBLISHED_NAMES
 
@@ -326,9 +306,9 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
             is_new_text = input_ids is not None and not past and all(x is None for x in (position_ids, *grids))
             if types is not None and is_released and is_new_text and torch.compiler.is_compiling():
-                input_ids = _released.text_ids_operator(input_ids, types)
+                input_ids = text_ids_operator(input_ids, types)
             elif types is not None and is_released:
-                _released.check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
+                check_token_types(types, past, attention_mask, position_ids, kwargs, self.config)
             elif types is not None:
                 routing = self._route(types, attention_mask, position_ids, past, kwargs)
         if mm_token_type_ids is not None and tokens is not None:
@@ -348,88 +328,21 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
             cache.mrope_deltas = self.rope_deltas
         return outputs
 
-    @property
-    def _placeholders(self) -> dict[str, int]:
-        return {"image": self.config.image_token_id, "video": self.config.video_token_id}
-
-    def token_types(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """0 for text, 1 for image, 2 for video tokens, by their placeholders."""
-        return (input_ids == self.config.image_token_id) + 2 * (input_ids == self.config.video_token_id)
-
-    def _resolve_token_types(self, input_ids, inputs_embeds, token_types, past_key_values, kwargs):
-        """Types of all cached and new tokens, or `None` where the new ones are known to be text; and the cache length.
-
-        Decoding steps come without types and leave at the first test: no tensor is looked at on the host.
-        """
-        tokens = input_ids if input_ids is not None else inputs_embeds
-        batch, q_len = tokens.shape[:2]
-        has_features = any(kwargs.get(key) is not None for key in ("pixel_values", "pixel_values_videos")) or bool(
-            kwargs.get("mm_encoder_outputs")
-        )
-        is_step = past_key_values is not None and q_len == 1
-        # A graph that is exported without pixels has no other input that could bring vision tokens.
-        if token_types is None and not has_features and (is_step or torch.compiler.is_exporting()):
-            return None, 0
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        if token_types is None:
-            if past and not has_features:
-                return None, past
-            if input_ids is None and has_features:
-                raise ValueError(
-                    "`mm_token_type_ids` is needed with `inputs_embeds`: 0 for text, 1 for image, 2 for video tokens"
-                )
-            if input_ids is None:
-                logger.warning_once("`inputs_embeds` came without `mm_token_type_ids`: every token is taken for text")
-                return None, past
-            token_types = self.token_types(input_ids)
-        return self._complete_token_types(token_types, input_ids, (batch, q_len), past, has_features), past
-
-    def _complete_token_types(self, token_types, input_ids, shape, past: int, has_features: bool):
-        """Types of all cached and new tokens, or `None` where the new ones are text.
-
-        `token_types` may be those of the new tokens alone, or of the first cached ones, as a conversation's first call
-        had them.
-        """
-        batch, q_len = shape
-        given = token_types.shape[1] if token_types.ndim == 2 and len(token_types) == batch else -1
-        if given == past + q_len:
-            return token_types
-        if given != q_len and not 0 <= given <= past:
-            raise ValueError(
-                f"`mm_token_type_ids` must have shape {(batch, past + q_len)} (cached and new tokens), "
-                f"{(batch, q_len)} (new tokens), or at most {past} columns (cached tokens), "
-                f"got {tuple(token_types.shape)}"
-            )
-        if input_ids is not None:
-            new_types = self.token_types(input_ids)
-        elif given == q_len or has_features:
-            new_types = token_types  # of the new tokens, or too few
-        else:
-            return None
-        if not new_types.any():
-            return None
-        if given != past or given == q_len:
-            raise ValueError(
-                f"`mm_token_type_ids` must cover the {past} cached tokens too where vision tokens join a cache: "
-                f"expected shape {(batch, past + q_len)}, got {tuple(token_types.shape)}"
-            )
-        return torch.cat([token_types, new_types.to(token_types)], dim=1)
-
     def _route(self, token_types, attention_mask, position_ids, past, kwargs) -> VisionRouting | None:
         if torch.compiler.is_compiling():
             configs = self.config, self.config.text_config
-            plan = _layer.plan(token_types, attention_mask, position_ids, past, kwargs, *configs)
+            plan = vision_plan(token_types, attention_mask, position_ids, past, kwargs, *configs)
             if plan is not None:
                 return plan
-        _routing.refuse_export()
-        if not _routing.is_2d(attention_mask) and not token_types[:, past:].any():
+        refuse_export()
+        if not is_2d(attention_mask) and not token_types[:, past:].any():
             return None
-        attention_mask = _routing.first_columns(attention_mask, token_types.shape[1])
-        starts = None if past or attention_mask is not None else _routing.sample_starts(position_ids)
+        attention_mask = first_columns(attention_mask, token_types.shape[1])
+        starts = None if past or attention_mask is not None else sample_starts(position_ids)
         routing = VisionRouting.build(token_types, attention_mask, past, starts)
         if routing is not None:
             configs = self.config, self.config.text_config
-            _routing.check_sparse_call(attention_mask, position_ids if starts is None else None, past, kwargs, *configs)
+            check_sparse_call(attention_mask, position_ids if starts is None else None, past, kwargs, *configs)
         return routing
 
     # The two below: Qwen2_5_VLModel.forward hands its keyword arguments to the vision tower too.
@@ -452,7 +365,7 @@ class VideoNSAModel(VideoNSAPreTrainedModel, Qwen2_5_VLModel):
         """Override: the positions that Qwen2.5-VL was trained with, see `mrope_position_ids`."""
         if torch.compiler.is_compiling():
             seconds = None if second_per_grid_ts is None else torch.as_tensor(second_per_grid_ts)
-            return _position_operator(
+            return mrope_position_ids_operator(
                 mm_token_type_ids,
                 image_grid_thw,
                 video_grid_thw,
@@ -547,7 +460,7 @@ class VideoNSAForConditionalGeneration(
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         if is_writer:
-            save_kernel_folder(save_directory, _KERNEL_NAMES)
+            save_kernel_folder(save_directory, KERNEL_NAMES)
 
     def _card_arguments(self, repo_id):
         return {"config": self.config.to_dict(), "loaded_from": self.name_or_path, "tags": self.model_tags or []}

@@ -5,6 +5,13 @@ from typing import Any
 
 import torch
 
+try:
+    from .kernels_videonsa import kernel_module
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from kernels_videonsa import kernel_module
+
 _GRID_NAMES = {1: "`image_grid_thw`", 2: "`video_grid_thw`"}
 
 
@@ -123,3 +130,19 @@ def mrope_position_ids(
 
 def _to_list(values: torch.Tensor | list | None) -> list:
     return [] if values is None else torch.as_tensor(values).tolist()
+
+
+# `mrope_position_ids` in compiled code.
+mrope_position_ids_operator = kernel_module("operators").define(
+    "mrope_position_ids",
+    "(Tensor mm_token_type_ids, Tensor? image_grid_thw, Tensor? video_grid_thw, Tensor? second_per_grid_ts, "
+    "Tensor? attention_mask, int spatial_merge_size, float tokens_per_second, bool truncate_seconds) "
+    "-> (Tensor, Tensor)",
+    lambda *args: mrope_position_ids(
+        *args[:5], spatial_merge_size=args[5], tokens_per_second=args[6], truncate_seconds=args[7]
+    ),
+    lambda types, *_: (
+        types.new_empty(3, *types.shape, dtype=torch.long),
+        types.new_empty(len(types), 1, dtype=torch.long),
+    ),
+)

@@ -3,7 +3,6 @@
 `reading_videonsa.py` runs the model over them.
 """
 
-import importlib
 import itertools
 import queue
 import re
@@ -18,12 +17,14 @@ import numpy as np
 import torch
 
 try:
+    from .attention_budget_videonsa import attention_budget
     from .budget_videonsa import VideoPlan
     from .memory_videonsa import MemoryEstimate, estimate_memory
     from .positions_videonsa import mrope_position_ids
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
+    from attention_budget_videonsa import attention_budget
     from budget_videonsa import VideoPlan
     from memory_videonsa import MemoryEstimate, estimate_memory
     from positions_videonsa import mrope_position_ids
@@ -180,7 +181,7 @@ class Prompt:
         largest = max((height * width for height, width in self.frames), default=0)
         # One method compresses while it reads; a frame that was read in part waits.
         cached = min(self.length, entries + self.chunk_tokens + largest) if method.keeps_while_reading else self.length
-        pairs, dense = _attention_budget(self.model, self.types)
+        pairs, dense = _attention_pairs(self.model, self.types)
         return ReadingPlan(
             videos=tuple(stream.plan for stream in self.streams),
             images=0 if self.image_grid is None else len(self.image_grid),
@@ -501,12 +502,10 @@ def check_length(model, positions: int) -> None:
         )
 
 
-def _attention_budget(model, types: torch.Tensor) -> tuple[int, int]:
+def _attention_pairs(model, types: torch.Tensor) -> tuple[int, int]:
     """(pairs, pairs of dense causal attention)"""
-    module = "nsa_kernels.attention_budget"
-    module = importlib.import_module(f".{module}" if __package__ else module, __package__)
     sizes = {name: getattr(model.config, name) for name in ("block_size", "block_counts", "window_size")}
-    budget = module.attention_budget(types, **sizes)
+    budget = attention_budget(types, **sizes)
     if model.config.nsa_mode == "dense":
         return budget.dense, budget.dense
     return budget.compression + budget.selection + budget.window + budget.text, budget.dense

@@ -5,7 +5,6 @@ it: its frames are decoded and encoded again, and the reading's keys, theirs amo
 choice itself is that of `nsa_kernels/topk.py`, and its weights are the probabilities of `nsa_kernels/compression.py`.
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,14 +18,20 @@ try:
     from .cache_videonsa import PastLayer
     from .footage_videonsa import ReadVideo
     from .generation_videonsa import CACHE_NAME
+    from .kernels_videonsa import kernel_module
     from .kv_budget_videonsa import observed_queries
+    from .layer_videonsa import vision_inputs
+    from .routing_videonsa import VisionRouting
 except ImportError:  # `import modeling_videonsa` from a checkout, without a package
     if __package__:
         raise
     from cache_videonsa import PastLayer
     from footage_videonsa import ReadVideo
     from generation_videonsa import CACHE_NAME
+    from kernels_videonsa import kernel_module
     from kv_budget_videonsa import observed_queries
+    from layer_videonsa import vision_inputs
+    from routing_videonsa import VisionRouting
 
 if TYPE_CHECKING:
     from .reading_videonsa import Reading
@@ -160,17 +165,15 @@ def _choices(
 ) -> tuple[Tensor, Tensor]:
     """Of each block before that of the first token: how often it was chosen, and its mean weight (see `Block`)."""
     config = reading.model.config
-    topk, compression, layer_rows, routing, utils = map(
-        _kernel_module, ("topk", "compression", "layer", "routing", "utils")
-    )
+    topk, compression, utils = map(kernel_module, ("topk", "compression", "utils"))
     before = int((types[:start] != 0).sum()) // config.block_size
     chosen, weight = torch.zeros(2, before, dtype=torch.float64)
     for layer, query, gate, own in zip(
         reading.model.model.language_model.layers, queries, gates, reading.cache.layers, strict=True
     ):
-        where = routing.VisionRouting.build(types[None].to(query.device), None, start)
+        where = VisionRouting.build(types[None].to(query.device), None, start)
         keys = own.keys[..., : len(types), :].to(query.dtype)
-        q, k, *_, lengths = layer_rows.vision_inputs(query, keys, keys, gate, where)
+        q, k, *_, lengths = vision_inputs(query, keys, keys, gate, where)
         (span,) = lengths.spans()
         sizes = {"block_size": config.block_size, "softmax_scale": layer.self_attn.scaling}
         indices = topk.select_blocks(
@@ -210,7 +213,3 @@ def _places(reading: "Reading", index: int) -> tuple[Place, ...]:
             box = low[0] / width, low[1] / height, high[0] / width, high[1] / height
             places.append(Place(number, step, *spans[step], box, len(at)))
     return tuple(places)
-
-
-def _kernel_module(name: str):
-    return importlib.import_module(f".nsa_kernels.{name}" if __package__ else f"nsa_kernels.{name}", __package__)

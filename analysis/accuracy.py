@@ -33,8 +33,8 @@ import torch
 from tqdm import tqdm
 
 import baselines
+from attention_budget_videonsa import attention_budget, paper_fraction
 from benchmarks.timing import synchronize
-from nsa_kernels.attention_budget import attention_budget, paper_fraction
 
 from .changes import Change, runs_method
 from .figure import Setting, paired_difference, wilson

@@ -8,7 +8,7 @@ window of one token; the checkpoint's own K is the default, and `--multiples` sc
 `--splits`, so many are taken, evenly between the fewest blocks and the most, and the trained setting beside them.
 
 Beside the paper's share of dense attention, 2 K / (length - 1), stands the share that is counted exactly, with
-compression and without (nsa_kernels/attention_budget.py). On prompts that are not much longer than K the formula
+compression and without (attention_budget_videonsa.py). On prompts that are not much longer than K the formula
 overstates it, up to above 1: every token is taken to have K others before it.
 """
 

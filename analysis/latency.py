@@ -9,7 +9,7 @@ on a GPU of the Triton kernels (waited for; beside dense attention by whichever 
 computes the scores of compression once more; in "nsa", which also has the gated sum, both have them in common.
 
 Operations are counted by definition: 4 * pairs * num_heads * head_dim, where pairs are those of query and key of one
-head, exactly (nsa_kernels/attention_budget.py), 2 for the score and 2 for the weighted value; 2 in the place of 4 for
+head, exactly (attention_budget_videonsa.py), 2 for the score and 2 for the weighted value; 2 in the place of 4 for
 the block choice, which has no values, and which adds nothing to "nsa". Pooling, softmax and the gates are left out. A
 backend may compute more, as where it masks tiles, or selects densely as long as every block is chosen.
 
@@ -33,10 +33,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 from transformers.utils import cached_file
 
+from attention_budget_videonsa import attention_budget
 from benchmarks.published_sizes import PUBLISHED, published_config
 from benchmarks.timing import synchronize
 from nsa_kernels import attention, compression, selection, sliding_window, topk
-from nsa_kernels.attention_budget import attention_budget
 from nsa_kernels.utils import SequenceLengths
 
 from .figure import BRANCH_COLOURS, measurement

@@ -64,7 +64,7 @@ class Model:
 
 
 def pairs(tokens: int, model: Model) -> dict[str, int]:
-    """(query, key) pairs per head, as `nsa_kernels/attention_budget.py` counts them, but not token by token."""
+    """(query, key) pairs per head, as `attention_budget_videonsa.py` counts them, but not token by token."""
 
     def arithmetic(first: int, last: int) -> int:
         return (first + last) * max(0, last - first + 1) // 2

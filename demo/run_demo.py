@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoProcessor, TextStreamer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nsa_kernels.attention_budget import attention_budget  # noqa: E402
+from attention_budget_videonsa import attention_budget  # noqa: E402
 from synthetic.scenes import parse_answer  # noqa: E402
 
 STORYBOARD = ROOT / "demo" / "output" / "storyboard.png"

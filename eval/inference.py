@@ -10,8 +10,8 @@ import torch
 from lmms_eval.api.instance import GenerationResult, TokenCounts
 
 import baselines
+from attention_budget_videonsa import attention_budget
 from generation_videonsa import CACHE_NAME
-from nsa_kernels.attention_budget import attention_budget
 
 from .prompts import GenerationSettings
 

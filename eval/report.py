@@ -11,7 +11,7 @@ reads every `*_results.json` in the folders and the `*_samples_*.jsonl` beside i
 - `sparse_dense.png`: the same weights and settings with `nsa_mode=sparse` and `nsa_mode=dense`, where there are both.
 
 Percentages beside tokens and points are pairs of query and key that the prompts cost, of those of dense causal
-attention (`nsa_kernels/attention_budget.py`), a mean over the samples.
+attention (`attention_budget_videonsa.py`), a mean over the samples.
 """
 
 import argparse

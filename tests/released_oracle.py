@@ -1,6 +1,6 @@
 """The released variant written down plainly, sharing nothing with nsa_kernels: one padded head or token at a time.
 
-Autograd does the gradients. The numbers in comments are those of the list in nsa_kernels/released.py.
+Autograd does the gradients. The numbers in comments are those of the list in released_videonsa.py.
 """
 
 import torch

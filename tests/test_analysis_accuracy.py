@@ -19,9 +19,9 @@ from analysis import ablations, accuracy, allocation, context, figure, gates, la
 from analysis.changes import mean_gates, method, runs_method, settings, static_gates, without_branches
 from analysis.observe import BRANCHES
 from analysis.questions import Question, load, prepare
+from attention_budget_videonsa import attention_budget, paper_fraction
 from benchmarks.published_sizes import PUBLISHED
 from nsa_kernels import reference, utils
-from nsa_kernels.attention_budget import attention_budget, paper_fraction
 from videonsa_eval.draw_benchmark import draw_benchmark
 
 TINY = ROOT / "checkpoints" / "tiny"

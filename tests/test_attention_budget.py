@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa_kernels.attention_budget import attention_budget, paper_fraction
+from attention_budget_videonsa import attention_budget, paper_fraction
 
 
 @pytest.mark.parametrize(

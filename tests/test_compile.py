@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 from triton_testing import DEVICE, HAS_TRITON
 
+import layer_videonsa
+import released_videonsa
+import routing_videonsa
 from generation_videonsa import CACHE_NAME
 from nsa_kernels import (
     attention,
     compression,
-    layer,
     operators,
-    released,
-    routing,
     selection,
     sliding_window,
     text_rows,
@@ -112,11 +112,11 @@ def test_the_other_functions_are_one_node_too(name):
                 q.detach(), k.detach(), v.detach(), RELEASED.lengths, backend="reference"
             )[0]
         ),
-        "released_attention": lambda q, k, v, gates: released.released_attention(
+        "released_attention": lambda q, k, v, gates: released_videonsa.released_attention(
             q, k, v, gates, mask, block_size=8, block_counts=2, window_size=5
         ),
         "block_indices": lambda q, k, v, gates: (
-            gates.sum() * released.released_block_indices(q, k, mask, block_size=8, block_counts=2)
+            gates.sum() * released_videonsa.released_block_indices(q, k, mask, block_size=8, block_counts=2)
         ),
     }[name]
     compiled, graphs = compile_counting(function, "aot_eager", fullgraph=True)
@@ -150,7 +150,7 @@ def layer_inputs(heads=(4, 2), requires_grad=True):
     shapes = [(2, heads[0], 31, 8), (2, heads[1], 31, 8), (2, heads[1], 31, 8), (2, 31, heads[0], 3)]
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     inputs[3] = inputs[3].sigmoid()
-    plan = routing.VisionRouting.build(token_types, mask, 0).plan
+    plan = routing_videonsa.VisionRouting.build(token_types, mask, 0).plan
     return [x.requires_grad_(requires_grad) for x in inputs], plan
 
 
@@ -158,7 +158,7 @@ def layer_inputs(heads=(4, 2), requires_grad=True):
 @pytest.mark.parametrize("save", [True, False])
 def test_operators_keep_their_promises(backend, save):
     inputs, plan = layer_inputs(requires_grad=save)
-    opcheck(layer.attention_operator, (*inputs, plan, 4, 2, 5, None, backend, "sdpa", save))
+    opcheck(layer_videonsa.attention_operator, (*inputs, plan, 4, 2, 5, None, backend, "sdpa", save))
     packed = [*CASE.qkv(), *CASE.gates()]
     packed = [x.requires_grad_(save) for x in packed]
     boundaries = CASE.lengths.cu_seqlens_q, CASE.lengths.cu_seqlens_k
@@ -171,18 +171,18 @@ def test_operators_without_saved_tensors_keep_their_promises():
     logits = torch.zeros(1, 40, 28, 3, dtype=torch.float64, requires_grad=True)
     plan = torch.stack([torch.arange(40)[None] % 7 > 1, torch.ones(1, 40, dtype=torch.bool)])
     states = [x.transpose(0, 1)[None].detach().requires_grad_() for x in (q, k, v)]
-    opcheck(layer.released_operator, (*states, logits, plan, 8, 2, 5, None, "torch"))
+    opcheck(layer_videonsa.released_operator, (*states, logits, plan, 8, 2, 5, None, "torch"))
     types = torch.tensor([[0, 2, 2, 0]])
-    opcheck(layer._plan_operator, (types, torch.ones_like(types), None, 0))
+    opcheck(layer_videonsa._plan_operator, (types, torch.ones_like(types), None, 0))
     positions = torch.arange(4).expand(3, 1, 4) * torch.tensor([1, 1, 2])[:, None, None]
-    opcheck(layer._released_plan_operator, (positions, None))
+    opcheck(layer_videonsa._released_plan_operator, (positions, None))
 
 
 def test_gradients_of_a_layer_are_right():
     """Through a numeric derivative: they are put together by hand."""
     inputs, plan = layer_inputs()
     settings = 4, 9, 5, None, "torch", "sdpa", True  # every block is chosen: a choice has no derivative
-    scalar = lambda *x: layer.attention_operator(*x, plan, *settings)[0]  # noqa: E731
+    scalar = lambda *x: layer_videonsa.attention_operator(*x, plan, *settings)[0]  # noqa: E731
     assert torch.autograd.gradcheck(scalar, inputs, fast_mode=True)
 
 
@@ -193,7 +193,7 @@ def test_layer_with_the_triton_backend():
     for backend in ("torch", "triton"):
         inputs, plan = layer_inputs()
         inputs = [x.detach().float().requires_grad_() for x in inputs]
-        output, *saved = layer.attention_operator(*inputs, plan, 4, 2, 5, None, backend, "sdpa", True)
+        output, *saved = layer_videonsa.attention_operator(*inputs, plan, 4, 2, 5, None, backend, "sdpa", True)
         assert [len(x) for x in saved] == [2 * 31, 3 if backend == "triton" else 1, 3]
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for a, e in zip(*results, strict=True):

@@ -23,7 +23,7 @@ from storyboard_videonsa import clock
 from synthetic.drawing import write_video
 
 TINY = ROOT / "checkpoints" / "tiny"
-topk = modeling_videonsa._kernel_module("topk")
+topk = modeling_videonsa.kernel_module("topk")
 # Sums of positive numbers up to 1, in another order, in float64.
 CLOSE = {"atol": 1e-12, "rtol": 1e-9}
 # Of the same in float32, in which transformers' eager softmax is: its unit is 6e-8, and a dozen are rounded.

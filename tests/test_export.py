@@ -10,8 +10,8 @@ import torch
 from conftest import build_model, build_released, our_nodes
 from torch.utils import _pytree as pytree
 
-from nsa_kernels import routing
-from nsa_kernels.routing import VisionRouting
+import routing_videonsa
+from routing_videonsa import VisionRouting
 
 LAYOUT = [2, ("video", 2, 4, 4), 1, ("image", 2, 4), 3]
 
@@ -68,7 +68,7 @@ def test_a_routing_is_taken_apart_and_put_together(inputs):
 
 def test_a_second_copy_of_the_code_has_its_own_routings(monkeypatch):
     """As transformers loads it, beside the checkout's or another version's."""
-    spec = importlib.util.spec_from_file_location("nsa_kernels.routing_again", routing.__file__)
+    spec = importlib.util.spec_from_file_location("routing_videonsa_again", routing_videonsa.__file__)
     copied = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, copied)
     spec.loader.exec_module(copied)

@@ -1,6 +1,6 @@
 """A checkpoint loads by itself: from a folder, the Hub, offline, pinned, saved, pushed, and as another's remote code.
 
-transformers brings flat files only (see `_KERNEL_FILES` in modeling_videonsa.py), so that a folder of kernels can fail
+transformers brings flat files only (see `_KERNEL_FILES` in kernels_videonsa.py), so that a folder of kernels can fail
 in as many ways as there are ways to load. Each is tried in fresh processes, with cold and with warm caches, against a
 Hub in memory, and must give the logits and the tokens of the source model, bit by bit.
 """

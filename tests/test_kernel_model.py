@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_kernels.attention_budget import attention_budget
+from attention_budget_videonsa import attention_budget
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -22,12 +22,13 @@ from transformers import AutoConfig, AutoModel, DynamicCache, Qwen2_5_VLConfig, 
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+import layer_videonsa
 import modeling_videonsa
 from generation_videonsa import CACHE_NAME
+from layer_videonsa import place_rows
 from modeling_videonsa import VideoNSAAttention
 from nsa_kernels import reference, text_rows, utils
-from nsa_kernels.layer import place_rows
-from nsa_kernels.routing import VisionRouting
+from routing_videonsa import VisionRouting
 
 VIDEO = ("video", 10, 4, 4)  # 40 tokens, 10 blocks of 4: far more than the 2 that a token selects
 LAYOUTS = {
@@ -283,7 +284,7 @@ def test_dense_part_runs_on_every_attention_implementation(prompts, implementati
 
     inputs = prompts.batch([prompts.one(LAYOUTS["images and videos"]), prompts.one([4, VIDEO, 30], seed=1)])
     valid = inputs["attention_mask"].bool()
-    monkeypatch.setattr(modeling_videonsa._layer, "MAX_SCORES", 4 * 80 * 8)  # chunks of about 8 rows
+    monkeypatch.setattr(layer_videonsa, "MAX_SCORES", 4 * 80 * 8)  # chunks of about 8 rows
     model = build_model()
     with torch.no_grad():
         expected = model(**inputs).logits[valid]
@@ -515,7 +516,7 @@ def test_the_repository_root_is_the_7b_model():
 
 def test_every_kernel_file_is_declared():
     files = {path.stem for path in (ROOT / "nsa_kernels").glob("*.py")} - {"__init__"}
-    assert files == set(modeling_videonsa._KERNEL_NAMES)
+    assert files == set(modeling_videonsa.KERNEL_NAMES)
     assert (ROOT / "nsa_kernels/__init__.py").read_text() == ""
 
 

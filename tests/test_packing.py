@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import build_model
 
-from nsa_kernels.routing import VisionRouting
 from positions_videonsa import mrope_position_ids
+from routing_videonsa import VisionRouting
 
 LAYOUTS = ([3, ("video", 5, 4, 4), 6], [9], [("video", 1, 2, 2), 2, ("video", 3, 4, 6), 4], [2, ("image", 4, 4), 5])
 

@@ -11,10 +11,11 @@ from released_oracle import oracle, oracle_blocks, sort_network
 from safetensors import safe_open
 from triton_testing import DEVICE, needs_triton
 
+import layer_videonsa
+import released_videonsa
 from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSATextConfig, VideoNSATextModel
-from nsa_kernels import released
-from nsa_kernels.released import TokenLayout, released_attention, released_block_indices
+from released_videonsa import TokenLayout, released_attention, released_block_indices
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -61,16 +62,16 @@ def golden_model(settings: dict) -> VideoNSATextModel:
 
 
 @contextlib.contextmanager
-def recorded(function):
-    """Calls of nsa_kernels.released.`function` while the context lasts: (args, kwargs, result)."""
-    calls, original = [], getattr(released, function)
+def recorded(module, function):
+    """Calls of the module's function while the context lasts: (args, kwargs, result)."""
+    calls, original = [], getattr(module, function)
 
     def record(*args, **kwargs):
         calls.append((args, kwargs, original(*args, **kwargs)))
         return calls[-1][2]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(released, function, record)
+        patch.setattr(module, function, record)
         yield calls
 
 
@@ -91,7 +92,7 @@ def test_golden_module_of_several_videos():
     tensors, settings = golden("several")
     model, outputs = golden_model(settings), []
     model.layers[0].self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
-    with torch.no_grad(), recorded("released_attention") as calls:
+    with torch.no_grad(), recorded(layer_videonsa, "released_attention") as calls:
         model(inputs_embeds=tensors["hidden_states"][None], position_ids=tensors["position_ids"][:, None])
     torch.testing.assert_close(outputs[0][0, tensors["rows"]], tensors["attn_output"], atol=1e-5, rtol=0)
     ((args, _, output),) = calls
@@ -108,7 +109,7 @@ def test_golden_prompt_and_decoding_steps():
     model.layers[0].self_attn.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
     embeds, positions = tensors["hidden_states"][None], tensors["position_ids"][:, None]
     prompt = len(tensors["is_vision"])
-    with torch.no_grad(), recorded("released_attention") as calls:
+    with torch.no_grad(), recorded(layer_videonsa, "released_attention") as calls:
         cache = model(inputs_embeds=embeds[:, :prompt], position_ids=positions[..., :prompt], use_cache=True)
         for t in range(prompt, embeds.shape[1]):
             step = slice(t, t + 1)
@@ -194,7 +195,7 @@ def test_weights_may_overflow_and_vanish():
     """exp(score - lse) of another token's lse has no bound in float32: infinite and zero weights are ties too."""
     (q, k, v, gates), mask, settings = make((60, 4, 2, 5, 8, 0.7), torch.float32)
     q = 60 * q
-    with recorded("_importance") as calls:
+    with recorded(released_videonsa, "_importance") as calls:
         indices = released_block_indices(q, k, mask, block_size=4, block_counts=2)
     text_zeroed = q * mask[:, None, None], k * mask[:, None, None]
     assert torch.equal(indices.long(), oracle_blocks(*text_zeroed, block_size=4, block_counts=2))
@@ -248,10 +249,10 @@ def peak(tokens: int, backward: bool) -> PeakMemory:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_memory_is_linear_in_tokens(backward, monkeypatch):
     """Nothing of tokens x tokens, nor of tokens x blocks x heads, with tiles scaled to these short prompts."""
-    monkeypatch.setitem(released.utils._TILE_ELEMENTS, "cpu", 1 << 14)
-    monkeypatch.setattr(released.utils, "CHUNK_TOKENS", 64)
-    monkeypatch.setattr(released.selection, "_PARTIAL_ELEMENTS", 1 << 15)
-    monkeypatch.setattr(released.text_rows, "_MASK_ELEMENTS", 1 << 14)
+    monkeypatch.setitem(released_videonsa.utils._TILE_ELEMENTS, "cpu", 1 << 14)
+    monkeypatch.setattr(released_videonsa.utils, "CHUNK_TOKENS", 64)
+    monkeypatch.setattr(released_videonsa.selection, "_PARTIAL_ELEMENTS", 1 << 15)
+    monkeypatch.setattr(released_videonsa.text_rows, "_MASK_ELEMENTS", 1 << 14)
     tokens, q = 512, 512 * 28 * 8
     memory = peak(tokens, backward)
     assert memory.largest <= q < tokens * tokens / 2

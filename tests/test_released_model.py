@@ -19,9 +19,9 @@ from transformers import StaticCache
 from transformers.generation import utils as generation_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+import released_videonsa
 from generation_videonsa import CACHE_NAME
 from modeling_videonsa import VideoNSAAttention
-from nsa_kernels import released
 
 VIDEO = ("video", 6, 4, 8)  # 48 tokens: 6 steps of 2 x 4
 LAYOUT = [5, VIDEO, 3, ("image", 4, 4), 7]
@@ -335,7 +335,7 @@ def test_routing_moves_whole():
     grid[0, :, 3:6] = 3
     mask = torch.ones(2, 9, dtype=torch.long)
     mask[0, 7] = 0
-    routing = released.ReleasedRouting.build(mask, mask, {"position_ids": grid}, build_config().text_config)
+    routing = released_videonsa.ReleasedRouting.build(mask, mask, {"position_ids": grid}, build_config().text_config)
     assert [(sample, layout.text_positions.tolist()) for sample, _, layout in routing.samples] == [
         (0, [0, 1, 2, 3, 6, 7]),
         (1, [0, 1, 2, 3, 6, 7, 8]),
@@ -351,7 +351,7 @@ def test_layers_do_not_read_from_the_device(model, prompts, monkeypatch):
 
     def counted(self, *args, **kwargs):
         with CountSynchronisations() as synchronisations, monkeypatch.context() as patch:
-            patch.setattr(released.utils, "reading_is_free", lambda device: False)
+            patch.setattr(released_videonsa.utils, "reading_is_free", lambda device: False)
             result = forward(self, *args, **kwargs)
         counts.append(synchronisations.count)
         return result

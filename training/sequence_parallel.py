@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.routing import VisionRouting, sample_starts
+from routing_videonsa import VisionRouting, sample_starts
 
 
 class SequenceParallel:

@@ -4,7 +4,7 @@ Which rows are vision rows, and how many, is different in every prompt. Compiled
 them, so it sees whole rows of the batch only, and a plan: what the routing is computed from, on the host, in a shape
 that the prompt's tells (`VisionRouting.plan`, `ReleasedRouting.plan`). A call that is all text takes the same way.
 
-Eager code does the same with the parts that are here too, and keeps more for backward (see operators.py).
+Eager code does the same with the parts that are here too, and keeps more for backward (see nsa_kernels/operators.py).
 """
 
 from collections.abc import Callable
@@ -18,13 +18,40 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
-from . import attention, operators, released, routing, text_rows
+try:
+    from .kernels_videonsa import kernel_module
+    from .released_videonsa import ReleasedRouting, released_attention
+    from .routing_videonsa import (
+        TextRun,
+        VisionRouting,
+        check_sparse_call,
+        first_columns,
+        is_2d,
+        sample_starts,
+        wants_weights,
+    )
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from kernels_videonsa import kernel_module
+    from released_videonsa import ReleasedRouting, released_attention
+    from routing_videonsa import (
+        TextRun,
+        VisionRouting,
+        check_sparse_call,
+        first_columns,
+        is_2d,
+        sample_starts,
+        wants_weights,
+    )
+
+attention, operators, text_rows = map(kernel_module, ("attention", "operators", "text_rows"))
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
 
 
-def vision_inputs(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, where: routing.VisionRouting) -> tuple:
+def vision_inputs(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, where: VisionRouting) -> tuple:
     """The arguments of `nsa_attention` for the new vision tokens over all of their sample's.
 
     Args:
@@ -36,13 +63,13 @@ def vision_inputs(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, wher
     return *states, *gates.unbind(-1), where.lengths
 
 
-def text_inputs(query: Tensor, key: Tensor, value: Tensor, run: routing.TextRun) -> tuple[Tensor, Tensor, Tensor]:
+def text_inputs(query: Tensor, key: Tensor, value: Tensor, run: TextRun) -> tuple[Tensor, Tensor, Tensor]:
     """Of a run of text rows: query (num_heads, rows, head_dim), and the keys and values that its last row sees."""
     key, value = (states[run.sample][:, run.keys][:, : run.num_keys] for states in (key, value))
     return query[run.sample, :, run.start : run.stop], key, value
 
 
-def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: routing.VisionRouting) -> Tensor:
+def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: VisionRouting) -> Tensor:
     """Both kinds of rows where they came from: (batch, q_len, num_heads, head_dim). Padding rows are zero."""
     is_whole = len(vision) + sum(map(len, text)) == query.shape[0] * query.shape[2]
     if is_whole and isinstance(where.vision_rows[1], slice):  # one prompt without padding: its rows are in runs
@@ -171,7 +198,7 @@ attention_operator = operators.define_differentiable(
 
 
 def released_rows(
-    query: Tensor, key: Tensor, value: Tensor, gate_logits: Callable, where: released.ReleasedRouting, **settings
+    query: Tensor, key: Tensor, value: Tensor, gate_logits: Callable, where: ReleasedRouting, **settings
 ) -> Tensor:
     """The variant "released", of whole prompts. Returns (batch, q_len, num_heads, head_dim).
 
@@ -184,7 +211,7 @@ def released_rows(
     for sample, rows, layout in where.samples:
         # Nothing was cached before; a static cache is longer than the prompt.
         states = (x[sample].transpose(0, 1)[: query.shape[2]][rows] for x in (query, key, value))
-        output[sample, rows] = released.released_attention(*states, gate_logits(sample, rows), layout, **settings)
+        output[sample, rows] = released_attention(*states, gate_logits(sample, rows), layout, **settings)
     return output
 
 
@@ -218,7 +245,7 @@ released_operator = operators.define_differentiable(
 # Plans of calls of which the compiler knows the shapes only. What is wrong with a call is said when it runs.
 
 
-def plan(token_types: Tensor, attention_mask, position_ids, past: int, kwargs: dict, *configs) -> Tensor | None:
+def vision_plan(token_types: Tensor, attention_mask, position_ids, past: int, kwargs: dict, *configs) -> Tensor | None:
     """`VisionRouting.plan` of a call in compiled code, or `None` where a look at its tokens must decide what to do.
 
     Args:
@@ -227,12 +254,12 @@ def plan(token_types: Tensor, attention_mask, position_ids, past: int, kwargs: d
     """
     if not _is_plain(attention_mask, kwargs, *configs):
         return None
-    mask = routing.first_columns(attention_mask, token_types.shape[1])
+    mask = first_columns(attention_mask, token_types.shape[1])
     return _plan_operator(token_types, mask, position_ids, past)
 
 
 def released_plan(tokens: Tensor, attention_mask, kwargs: dict, config) -> Tensor | None:
-    """`ReleasedRouting.plan` of a call in compiled code; arguments and `None` as in `plan`."""
+    """`ReleasedRouting.plan` of a call in compiled code; arguments and `None` as in `vision_plan`."""
     position_ids, past_key_values = kwargs["position_ids"], kwargs.get("past_key_values")
     batch, length = tokens.shape[:2]
     if position_ids.shape[1] not in (1, batch) or position_ids.shape[2] != length:
@@ -240,29 +267,29 @@ def released_plan(tokens: Tensor, attention_mask, kwargs: dict, config) -> Tenso
     has_cache = past_key_values is not None and past_key_values.get_seq_length()
     if has_cache or not _is_plain(attention_mask, kwargs, config):
         return None
-    mask = routing.first_columns(attention_mask, length)
+    mask = first_columns(attention_mask, length)
     return _released_plan_operator(position_ids.expand(-1, batch, -1), mask)
 
 
 def _is_plain(attention_mask, kwargs: dict, *configs) -> bool:
     is_packed = kwargs.get("cu_seq_lens_q") is not None
-    return routing.is_2d(attention_mask) and not is_packed and not routing.wants_weights(kwargs, *configs)
+    return is_2d(attention_mask) and not is_packed and not wants_weights(kwargs, *configs)
 
 
 def _plan(token_types, attention_mask, position_ids, past):
-    starts = None if past or attention_mask is not None else routing.sample_starts(position_ids)
-    where = routing.VisionRouting.build(token_types, attention_mask, past, starts, needs_vision=False)
+    starts = None if past or attention_mask is not None else sample_starts(position_ids)
+    where = VisionRouting.build(token_types, attention_mask, past, starts, needs_vision=False)
     if where.lengths.offsets_q[-1]:
-        routing.check_sparse_call(attention_mask, position_ids if starts is None else None, past, {})
+        check_sparse_call(attention_mask, position_ids if starts is None else None, past, {})
     result = where.plan
     _kept_with(result, lambda: where, past, token_types.device)
     return result
 
 
 def _released_plan(position_ids, attention_mask):
-    result = released.ReleasedRouting.plan_of(position_ids, attention_mask)
+    result = ReleasedRouting.plan_of(position_ids, attention_mask)
     if (result[0] & result[1]).any():
-        routing.check_sparse_call(attention_mask, position_ids, 0, {})
+        check_sparse_call(attention_mask, position_ids, 0, {})
     return result
 
 
@@ -280,15 +307,15 @@ _released_plan_operator = operators.define(
 )
 
 
-def routing_of(plan: Tensor, query: Tensor) -> routing.VisionRouting:
+def routing_of(plan: Tensor, query: Tensor) -> VisionRouting:
     """What a plan says; computed by the first layer and kept with the plan for the others."""
     past, device = plan.shape[2] - query.shape[2], query.device
-    return _kept_with(plan, lambda: routing.VisionRouting.from_plan(plan, past, device), past, device)
+    return _kept_with(plan, lambda: VisionRouting.from_plan(plan, past, device), past, device)
 
 
-def released_routing_of(plan: Tensor, query: Tensor) -> released.ReleasedRouting:
+def released_routing_of(plan: Tensor, query: Tensor) -> ReleasedRouting:
     """The same in the variant "released"."""
-    return _kept_with(plan, lambda: released.ReleasedRouting.from_plan(plan, query.device), query.device)
+    return _kept_with(plan, lambda: ReleasedRouting.from_plan(plan, query.device), query.device)
 
 
 def _kept_with(plan: Tensor, build: Callable, *key):

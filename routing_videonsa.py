@@ -7,7 +7,14 @@ from itertools import pairwise
 import torch
 from torch.utils import _pytree as pytree
 
-from . import utils
+try:
+    from .kernels_videonsa import kernel_module
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from kernels_videonsa import kernel_module
+
+utils = kernel_module("utils")
 
 
 @dataclass
@@ -39,7 +46,7 @@ class VisionRouting:
         text_runs: the text rows.
         text_rows: (sample, row) index tensors of the text rows, in the order of `text_runs`.
         plan: (3, batch, past + q_len), on the CPU: what all this was computed from. It is the same for the compiler
-            whatever the prompt, so this is what compiled layers take (layer.py).
+            whatever the prompt, so this is what compiled layers take (layer_videonsa.py).
     """
 
     vision_rows: tuple[int, slice] | tuple[torch.Tensor, torch.Tensor]

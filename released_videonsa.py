@@ -17,8 +17,8 @@ precision is widened, and rounded less often than there). Every oddity of that c
    confused (`_importance`); a token's own block is not guaranteed; ties go as the published kernel's bitonic network
    has them (`_bitonic_top_blocks`).
 
-Selection and window are those of the paper on the zeroed keys and values, and run through selection.py and
-sliding_window.py. The zero heads have no output, and are nowhere but in the normalisers and in the ranking.
+Selection and window are those of the paper on the zeroed keys and values, and run through the branches of
+`nsa_kernels/`. The zero heads have no output, and are nowhere but in the normalisers and in the ranking.
 Positions are cut to integers too: see `mrope_position_ids`.
 """
 
@@ -28,7 +28,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, routing, selection, sliding_window, text_rows, utils
+try:
+    from .kernels_videonsa import kernel_module
+    from .routing_videonsa import check_sparse_call, first_columns, is_2d, refuse_export
+except ImportError:  # `import modeling_videonsa` from a checkout, without a package
+    if __package__:
+        raise
+    from kernels_videonsa import kernel_module
+    from routing_videonsa import check_sparse_call, first_columns, is_2d, refuse_export
+
+operators, utils = kernel_module("operators"), kernel_module("utils")
+selection, sliding_window, text_rows = map(kernel_module, ("selection", "sliding_window", "text_rows"))
 
 NUM_HEADS, NUM_KV_HEADS = 28, 4
 _PADDED_HEADS = 64
@@ -105,7 +115,7 @@ class ReleasedRouting:
         samples: (sample, rows, layout): its index in the batch, a slice or an index tensor of its tokens without
             padding, and their layout.
         plan: (2, batch, q_len), bool, on the CPU: which tokens are vision tokens, and which take part. What compiled
-            layers take (layer.py).
+            layers take (layer_videonsa.py).
     """
 
     samples: list[tuple[int, slice | Tensor, TokenLayout]]
@@ -121,7 +131,7 @@ class ReleasedRouting:
             attention_mask: (batch, past + q_len) or `None`; text prompts may bring others.
             kwargs: `position_ids`, (3 or 4, batch or 1, q_len) where there are images or videos, and `past_key_values`.
         Raises:
-            ValueError: vision tokens join a cache, a shape does not fit, or `routing.check_sparse_call` raises.
+            ValueError: vision tokens join a cache, a shape does not fit, or `check_sparse_call` raises.
         """
         position_ids, past_key_values = kwargs.get("position_ids"), kwargs.get("past_key_values")
         batch, length = tokens.shape[:2]
@@ -133,15 +143,15 @@ class ReleasedRouting:
             )
         position_ids = position_ids.expand(-1, batch, -1)
         past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        fits = attention_mask is None or (routing.is_2d(attention_mask) and attention_mask.shape[1] >= past + length)
+        fits = attention_mask is None or (is_2d(attention_mask) and attention_mask.shape[1] >= past + length)
         if not fits and not vision_mask_of(position_ids).any():
             return None
-        attention_mask = routing.first_columns(attention_mask, past + length)
+        attention_mask = first_columns(attention_mask, past + length)
         plan = cls.plan_of(position_ids, attention_mask, past)
         if not (plan[0] & plan[1]).any():
             return None
         _check_nothing_cached(past)
-        routing.check_sparse_call(attention_mask, position_ids, past, kwargs, config)
+        check_sparse_call(attention_mask, position_ids, past, kwargs, config)
         return cls.from_plan(plan, position_ids.device)
 
     @staticmethod
@@ -195,12 +205,12 @@ def check_token_types(token_types: Tensor, past: int, attention_mask, position_i
     """
     grids = (kwargs.get(name) for name in ("image_grid_thw", "video_grid_thw"))
     has_positions = position_ids is not None or any(grid is not None for grid in grids)
-    if not past and has_positions and routing.is_2d(attention_mask) and not config.output_attentions:
+    if not past and has_positions and is_2d(attention_mask) and not config.output_attentions:
         return  # without a look at the tokens
-    routing.refuse_export()
+    refuse_export()
     if token_types[:, past:].any():
         _check_nothing_cached(past)
-        routing.check_sparse_call(routing.first_columns(attention_mask, past), None, past, kwargs, config)
+        check_sparse_call(first_columns(attention_mask, past), None, past, kwargs, config)
         if not has_positions:
             _check_all_text(token_types)
 

@@ -1,0 +1,1 @@
+../../routing_videonsa.py

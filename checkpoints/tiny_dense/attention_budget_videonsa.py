@@ -1,0 +1,1 @@
+../../attention_budget_videonsa.py

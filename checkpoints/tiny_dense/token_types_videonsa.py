@@ -1,0 +1,1 @@
+../../token_types_videonsa.py
