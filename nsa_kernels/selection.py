@@ -50,7 +50,7 @@ class Scratch:
         numel = torch.Size(shape).numel()
         if name not in self._buffers or self._buffers[name].numel() < numel:
             self._buffers.pop(name, None)  # freed before the larger one is allocated
-            self._buffers[name] = like.new_empty(numel)
+            self._buffers[name] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
         return self._buffers[name][:numel].view(shape)
 
     def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:

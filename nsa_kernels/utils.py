@@ -24,8 +24,8 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 # Query tokens of one sequence that are taken through a branch at a time.
 CHUNK_TOKENS = 2048
 
-# Temporaries of this many elements stay in a CPU's last-level cache; a GPU wants fewer, larger launches.
-_TILE_ELEMENTS = {"cpu": 1 << 20}
+# Temporaries of this many elements stay near a CPU's core; a GPU wants fewer, larger launches.
+_TILE_ELEMENTS = {"cpu": 1 << 19}
 _TILE_ELEMENTS_ACCELERATOR = 1 << 25
 
 
@@ -250,7 +250,10 @@ def backward_without_autocast(backward: Callable[..., tuple]) -> Callable[..., t
 
 def tile_tokens(elements_per_token: int, device: torch.device) -> int:
     """How many tokens to handle at once so that a temporary of so many elements per token stays small."""
-    return max(1, _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ACCELERATOR) // max(1, elements_per_token))
+    elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ACCELERATOR)
+    if device.type == "cpu" and (threads := torch.get_num_threads()) > 1:
+        elements *= 2 * threads  # each has as much, and they wait for each other half as often
+    return max(1, elements // max(1, elements_per_token))
 
 
 def head_slice(head: int, group_size: int) -> slice:

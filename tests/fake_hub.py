@@ -101,7 +101,7 @@ class FakeHub:
 
     Attributes:
         url: where it listens.
-        repos: repositories by id, those of datasets with the prefix `datasets/`.
+        repos: repositories by id, those of datasets and kernels with the prefixes `datasets/`, `kernels/`.
         lfs: uploaded large files by SHA-256.
         requests: what has been asked: (method, path, query).
         is_down: answer every request with 503.
@@ -331,6 +331,14 @@ class Handler(BaseHTTPRequestHandler):
                 }
             )
 
+    def list_refs(self, body: bytes, kind: str, repo_id: str) -> None:
+        if repo := self.find_repo(repo_key(kind, repo_id)):
+            branches = [
+                {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit}
+                for name, commit in repo.refs.items()
+            ]
+            self.answer({"branches": branches, "tags": [], "converts": []})
+
     def tree(self, body: bytes, kind: str, repo_id: str, revision: str, folder: str | None) -> None:
         if not (found := self.find_commit(repo_key(kind, repo_id), revision)):
             return
@@ -443,12 +451,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def repo_key(kind: str, repo_id: str) -> str:
-    """The key in `FakeHub.repos`; `kind` is "models" or "datasets"."""
+    """The key in `FakeHub.repos`; `kind` is "models", "datasets" or "kernels"."""
     return repo_id if kind == "models" else f"{kind}/{repo_id}"
 
 
-_REPO = r"/api/(?P<kind>models|datasets)/(?P<repo_id>[^/]+/[^/]+)"
-_FILES = r"/(?P<kind>datasets/)?(?P<repo_id>[^/]+/[^/]+)"
+_REPO = r"/api/(?P<kind>models|datasets|kernels)/(?P<repo_id>[^/]+/[^/]+)"
+_FILES = r"/(?P<kind>datasets/|kernels/)?(?P<repo_id>[^/]+/[^/]+)"
 _REVISION = r"(?P<revision>[^/]+)"
 ROUTES = (
     (("POST",), r"/api/repos/create", Handler.create_repo),
@@ -456,6 +464,7 @@ ROUTES = (
     (("GET", "HEAD"), _REPO, Handler.repo_info),
     (("GET", "HEAD"), f"{_REPO}/revision/{_REVISION}", Handler.repo_info),
     (("GET",), rf"{_REPO}/tree/{_REVISION}(?:/(?P<folder>.+))?", Handler.tree),
+    (("GET",), f"{_REPO}/refs", Handler.list_refs),
     (("PUT",), f"{_REPO}/settings", Handler.settings),
     (("POST",), rf"{_REPO}/branch/(?P<name>.+)", Handler.create_branch),
     (("POST",), f"{_REPO}/preupload/{_REVISION}", Handler.preupload),

@@ -1,0 +1,152 @@
+"""`nsa_kernels/` as a Hub kernel, loaded by Hugging Face's own `kernels` library from a folder and from a Hub.
+
+The library is installed aside: where transformers finds it, it takes kernels of its own from the Hub.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from fake_hub import FakeHub
+from safetensors.torch import load_file
+
+from nsa_kernels import attention
+
+spec = importlib.util.spec_from_file_location("build_hub_kernel", ROOT / "tools" / "build_hub_kernel.py")
+build_hub_kernel = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build_hub_kernel)
+
+LIBRARY = "kernels==0.17.2"
+USE = textwrap.dedent("""
+    import sys
+    import torch
+    from safetensors.torch import save_file
+    from kernels import get_kernel, get_local_kernel
+
+    source, output = sys.argv[1:]
+    if "/" in source and not source.startswith("/"):
+        kernel = get_kernel(source, version=1, backend="cpu", trust_remote_code=True)
+    else:
+        from pathlib import Path
+        kernel = get_local_kernel(Path(source), backend="cpu")
+    assert "nsa_kernels" not in sys.modules and "transformers" not in sys.modules
+    torch.manual_seed(0)
+    q, (k, v), gates = torch.randn(90, 6, 16), torch.randn(2, 90, 2, 16), torch.rand(3, 90, 6)
+    inputs = [x.requires_grad_() for x in (q, k.clone(), v.clone(), *gates.unbind())]
+    lengths = torch.tensor([0, 30, 90], dtype=torch.int32)
+    o = kernel.nsa_attention(*inputs, lengths, block_size=4, block_counts=3, window_size=5)
+    save_file({"o": o.detach(), "dq": torch.autograd.grad(o.square().sum(), inputs)[0]}, output)
+    assert set(kernel.__all__) <= set(dir(kernel))
+""")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernel") / "nsa-attention"
+    build_hub_kernel.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """A folder with the library and nothing that the environment has."""
+    folder = tmp_path_factory.mktemp("library")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--target", str(folder)]
+    done = subprocess.run([*pip, LIBRARY], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{LIBRARY} could not be installed: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected():
+    torch.manual_seed(0)
+    q, (k, v), gates = torch.randn(90, 6, 16), torch.randn(2, 90, 2, 16), torch.rand(3, 90, 6)
+    inputs = [x.requires_grad_() for x in (q, k.clone(), v.clone(), *gates.unbind())]
+    lengths = torch.tensor([0, 30, 90], dtype=torch.int32)
+    o = attention.nsa_attention(*inputs, lengths, block_size=4, block_counts=3, window_size=5)
+    return {"o": o.detach(), "dq": torch.autograd.grad(o.square().sum(), inputs)[0]}
+
+
+def use(source, library, tmp_path, **environment):
+    # Without telemetry, kernels 0.17.2 ends its user agent with a blank, which httpx refuses.
+    environment = os.environ | environment | {"PYTHONPATH": str(library), "HF_HUB_DISABLE_TELEMETRY": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", USE, str(source), str(tmp_path / "o.safetensors")],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return load_file(tmp_path / "o.safetensors")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_from_a_folder(built, library, tmp_path, expected):
+    assert_equal(use(built, library, tmp_path), expected)
+
+
+def test_from_the_hub(built, library, tmp_path, expected):
+    """Uploaded by the client, as the tool says."""
+    with FakeHub() as hub:
+        environment = hub.environment(tmp_path / "cache")
+        hf = [Path(sys.executable).with_name("hf"), "upload", "--repo-type", "kernel", "me/nsa-attention", built]
+        subprocess.run([*hf, "--revision", "v1"], env=os.environ | environment, check=True, capture_output=True)
+        assert_equal(use("me/nsa-attention", library, tmp_path, **environment), expected)
+
+
+def test_every_module_is_there(built):
+    names = {path.name for path in (ROOT / "nsa_kernels").glob("*.py")}
+    for backend in ("cuda", "cpu"):
+        folder = built / "build" / f"torch-{backend}"
+        assert {path.name for path in folder.iterdir()} == names | {"metadata.json"}
+        metadata = json.loads((folder / "metadata.json").read_text())
+        assert metadata["backend"] == {"type": backend} and metadata["version"] == 1
+
+
+def test_kernels_need_torch_and_triton_alone():
+    """A Hub kernel may need nothing else; transformers least of all, whose models are to use it."""
+    allowed = {"torch", "triton"} | sys.stdlib_module_names
+    for path in (ROOT / "nsa_kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {name.name.split(".")[0] for name in node.names} <= allowed, (path.name, node.lineno)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                assert node.module.split(".")[0] in allowed, (path.name, node.lineno)
+
+
+def test_what_is_there_is_not_removed(tmp_path):
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(ValueError, match=r"output = .* is no folder of a kernel"):
+        build_hub_kernel.build(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "all of it"
+    file = tmp_path / "thesis.txt"
+    with pytest.raises(ValueError, match="output"):
+        build_hub_kernel.build(file)
+
+
+def test_built_again(built, tmp_path):
+    output = tmp_path / "k"
+    build_hub_kernel.build(output)
+    build_hub_kernel.build(output)
+    for path in built.rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (output / path.relative_to(built)).read_bytes()
+
+
+def test_a_missing_name_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(build_hub_kernel.PUBLIC, "topk", ("no_such",))
+    with pytest.raises(ValueError, match=r"topk\.py has no no_such"):
+        build_hub_kernel.build(tmp_path / "k")
+    assert not (tmp_path / "k").exists()
