@@ -2,14 +2,16 @@
 
     python benchmarks/bench_cpu.py --threads 2 --output benchmarks/results/<date>_cpu_<what>.json
 
-Dense attention is torch's scaled_dot_product_attention(is_causal=True, enable_gqa=True). Shapes are those of a 7B
-layer: 28 query heads, 4 key/value heads, head_dim 128, float32, one sequence of random tokens. For random tokens the
-selected blocks of neighbouring tokens have nothing in common, which is the hardest case for the selection branch.
+The calls are those of `analysis/latency.py` in the shape of a 7B layer: 28 query and 4 key/value heads, head_dim 128,
+float32, one sequence of random tokens. For random tokens the selected blocks of neighbouring tokens have nothing in
+common, which is the hardest case for the selection branch. Dense attention is torch's
+scaled_dot_product_attention(is_causal=True, enable_gqa=True). Then, for `--layer-tokens`, a whole decoder layer of the
+7B, projections and MLP included, ours on vision tokens and Qwen2.5-VL's with that dense attention.
 
 Every measurement runs in a process of its own, so that none inherits another's memory. Ratios are dense over NSA, of
 wall time and of CPU time; the second is the one to look at where `load_average` shows that the machine did other work.
-Extra memory is the largest resident set during the call, minus the resident set before it, when the inputs exist: it
-includes the output.
+"pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest resident set
+during the call, minus the resident set before it, when the inputs exist: it includes the output.
 """
 
 import argparse
@@ -29,37 +31,51 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nsa_kernels import attention, compression, selection, sliding_window, topk, utils
-
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 28, 4, 128
-NSA = {"block_size": 64, "block_counts": 32, "window_size": 256}
-MEASUREMENTS = ("nsa", "dense", "compression", "block_choice", "selection", "window")
-
-# Dense attention is measured once beyond this length, where one call takes a minute or more.
+BRANCHES = ("compression", "block choice", "selection", "window")
+LAYERS = ("layer", "dense layer")
+# Calls of a minute or more are measured once.
 DENSE_REPEAT_TOKENS = 16384
 
 
 def make_call(name: str, tokens: int) -> Callable[[], object]:
     """The function to time; what it needs exists when this returns."""
+    from analysis import latency  # which describes this machine by what is below
+
+    if name in LAYERS:
+        return make_layer(name, tokens)
+    return latency.calls(latency.shape_of("7B"), tokens, torch.float32, torch.device("cpu"))[name]
+
+
+def make_layer(name: str, tokens: int) -> Callable[[], object]:
+    """A decoder layer of the 7B on random states of one video without text."""
+    from published_sizes import published_config
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+    import modeling_videonsa
+    from configuration_videonsa import VideoNSAConfig
+    from routing_videonsa import VisionRouting
+
+    fields = published_config("7B") | {"num_hidden_layers": 1, "vocab_size": 8}
+    config = VideoNSAConfig(text_config=fields, attn_implementation="sdpa").text_config
+    config._attn_implementation = "sdpa"
     torch.manual_seed(0)
-    q = torch.randn(tokens, NUM_HEADS, HEAD_DIM)
-    k, v = torch.randn(2, tokens, NUM_KV_HEADS, HEAD_DIM)
-    lengths = utils.SequenceLengths.from_lengths([tokens])
-    if name == "dense":
-        q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q, k, v))
-        sdpa = torch.nn.functional.scaled_dot_product_attention
-        return lambda: sdpa(q, k, v, is_causal=True, enable_gqa=True)
-    if name == "nsa":
-        gates = torch.rand(3, tokens, NUM_HEADS)
-        return lambda: attention.nsa_attention(q, k, v, *gates, lengths, **NSA, backend="torch")
-    if name == "compression":
-        return lambda: compression.compression_attention(q, k, v, lengths, backend="torch")
-    if name == "window":
-        return lambda: sliding_window.sliding_window_attention(q, k, v, lengths, backend="torch")
-    if name == "block_choice":
-        return lambda: topk.select_blocks(q, k, lengths, backend="torch")
-    indices = topk.select_blocks(q, k, lengths, backend="torch")
-    return lambda: selection.selection_attention(q, k, v, indices, lengths, backend="torch")
+    states = torch.randn(1, tokens, config.hidden_size)
+    positions = torch.arange(tokens).expand(3, 1, -1)
+    rotary = qwen.Qwen2_5_VLRotaryEmbedding(config=config)(states, positions)
+    if name == "layer":
+        routing = VisionRouting.build(torch.full((1, tokens), 2), None, 0)
+        layer = modeling_videonsa.VideoNSADecoderLayer(config, 0).eval()
+        return lambda: layer(states, position_embeddings=rotary, vision_routing=routing)
+    layer = qwen.Qwen2_5_VLDecoderLayer(config, 0).eval()
+    return lambda: layer(states, position_embeddings=rotary)
+
+
+def pairs_ratio(tokens: int) -> float:
+    """Pairs of query and key of dense causal attention over those of NSA."""
+    from analysis import latency
+
+    counted = latency.operations(latency.shape_of("7B"), tokens)
+    return counted["dense"] / counted["nsa"]
 
 
 def resident_bytes(field: str) -> int:
@@ -114,11 +130,12 @@ def describe_cpu(*packages: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--layer-tokens", type=int, nargs="*", default=[4096, 16384, 32768])
     parser.add_argument("--repeats", type=int, default=3, help="calls per measurement; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--measure", choices=MEASUREMENTS, help="one measurement in this process, as JSON to stdout")
+    parser.add_argument("--measure", help="one measurement in this process, as JSON to stdout")
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, args.tokens[0], args.repeats, args.threads)))
@@ -127,40 +144,35 @@ def main() -> None:
     report = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
+        **describe_cpu("torch", "transformers"),
         "threads": args.threads,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "shapes": {"heads": NUM_HEADS, "kv_heads": NUM_KV_HEADS, "head_dim": HEAD_DIM, "dtype": "float32", **NSA},
         "load_average_before": os.getloadavg(),
-        "lengths": [],
+        "rows": [],
     }
     print(f"{report['cpu']}, {args.threads} threads, torch {report['torch']}, load {report['load_average_before'][0]}")
-    print(
-        f"{'tokens':>7} {'dense s':>9} {'nsa s':>9} {'ratio':>6} {'cpu ratio':>9} {'nsa MB':>7}   branches, alone (s)"
-    )
-    for tokens in args.tokens:
-        row = {"tokens": tokens}
-        for name in MEASUREMENTS:
-            repeats = 1 if name == "dense" and tokens > DENSE_REPEAT_TOKENS else args.repeats
-            row[name] = measure_apart(name, tokens, repeats, args.threads)
+    print(f"{'':11} {'tokens':>6} {'dense s':>8} {'nsa s':>8} {'ratio':>6} {'cpu ratio':>9} {'pairs':>6} {'nsa MB':>7}")
+    wanted = [("attention", "nsa", "dense", BRANCHES, tokens) for tokens in args.tokens]
+    wanted += [("layer", *LAYERS, (), tokens) for tokens in args.layer_tokens]
+    for what, sparse, dense, others, tokens in wanted:
+        row = {"what": what, "tokens": tokens, "pairs": pairs_ratio(tokens)}
+        for name in (sparse, dense, *others):
+            is_long = tokens > DENSE_REPEAT_TOKENS and (name == dense or what == "layer")
+            row[name] = measure_apart(name, tokens, 1 if is_long else args.repeats, args.threads)
             row[name]["median_seconds"] = statistics.median(row[name]["seconds"])
             row[name]["median_cpu_seconds"] = statistics.median(row[name]["cpu_seconds"])
             row[name]["load_average_after"] = os.getloadavg()[0]  # above the number of threads: disturbed
-        row["dense_over_nsa"] = row["dense"]["median_seconds"] / row["nsa"]["median_seconds"]
-        row["dense_over_nsa_cpu"] = row["dense"]["median_cpu_seconds"] / row["nsa"]["median_cpu_seconds"]
-        report["lengths"].append(row)
-        report["load_average_after"] = os.getloadavg()
+        row["ratio"] = row[dense]["median_seconds"] / row[sparse]["median_seconds"]
+        row["cpu_ratio"] = row[dense]["median_cpu_seconds"] / row[sparse]["median_cpu_seconds"]
+        report["rows"].append(row)
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             args.output.write_text(json.dumps(report, indent=2) + "\n")
-        branches = "  ".join(f"{name} {row[name]['median_seconds']:.2f}" for name in MEASUREMENTS[2:])
+        alone = "  ".join(f"{name} {row[name]['median_seconds']:.2f}" for name in others)
         print(
-            f"{tokens:7} {row['dense']['median_seconds']:9.2f} {row['nsa']['median_seconds']:9.2f} "
-            f"{row['dense_over_nsa']:6.2f} {row['dense_over_nsa_cpu']:9.2f} "
-            f"{row['nsa']['extra_bytes'] / 1e6:7.0f}   {branches}",
+            f"{what:11} {tokens:6} {row[dense]['median_seconds']:8.2f} {row[sparse]['median_seconds']:8.2f} "
+            f"{row['ratio']:6.2f} {row['cpu_ratio']:9.2f} {row['pairs']:6.2f} {row[sparse]['extra_bytes'] / 1e6:7.0f}"
+            f"   {alone}",
             flush=True,
         )
 
