@@ -27,7 +27,6 @@ EXPECTED = {
     "test_capture_outputs_decorator": _NO_WEIGHTS,
     "test_model_outputs_equivalence": _NO_WEIGHTS,
     "test_retain_grad_hidden_states_attentions": _NO_WEIGHTS,
-    "test_reverse_loading_mapping": "saved base models keep their names, as Qwen2.5-VL's do, by another kind of entry",
 }
 # Mixins that tests import and the source distribution has not.
 MISSING = {
