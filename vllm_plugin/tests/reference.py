@@ -1,6 +1,6 @@
 """What transformers answers, for the tests of the vLLM plug-in; runs in the main environment.
 
-    python tests/vllm/reference.py FOLDER
+    python vllm_plugin/tests/reference.py FOLDER
 
 writes into FOLDER
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, LogitsProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -88,6 +88,8 @@ def make_cases(videos: dict[str, Path], images: dict[str, Path]) -> list[dict]:
     cases += [{"name": name, "content": content} for name, content in shapes.items()]
     for options in ({"fps": 1}, {"fps": 3.7}, {"num_frames": 10}, {"max_pixels_per_frame": 3136 * 4}):
         cases.append({"name": f"options {options}", "content": [video("21"), ask], "options": options})
+    # A placeholder that the model generates is text, whatever it stands for in prompts.
+    cases.append({"name": "generated video tokens", "content": [video("21"), ask], "forced": "<|video_pad|>"})
     cases.append(
         {"name": "budget", "content": [video("40"), video("21"), video("13"), ask], "options": {"max_total_tokens": 60}}
     )
@@ -120,6 +122,16 @@ def save_checkpoints(folder: Path) -> None:
         processor.save_pretrained(folder / name)
 
 
+class Forced(LogitsProcessor):
+    """Lets nothing but one token be generated; `output_logits` are those before it."""
+
+    def __init__(self, token: int):
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self.token]), 0.0)
+
+
 class Reference:
     """One checkpoint in float32 and float64."""
 
@@ -132,16 +144,24 @@ class Reference:
         for model in self.models.values():
             model.generation_config.eos_token_id = 10**6  # `ignore_eos`
 
-    def generate(self, inputs, dtype, mode: str) -> tuple[list[int], torch.Tensor]:
-        """The new tokens, and the log-probabilities of every step, (NEW_TOKENS, vocab_size), in float64."""
+    def generate(self, inputs, dtype, mode: str, forced: int | None) -> tuple[list[int], torch.Tensor]:
+        """The new tokens, all `forced` if that is one, and the log-probabilities of every step, (NEW_TOKENS,
+        vocab_size)."""
         model = self.models[dtype]
         model.config.nsa_mode = mode
         options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        if forced is not None:
+            options["logits_processor"] = [Forced(forced)]
         with torch.inference_mode():
             output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         logits = torch.cat(output.logits)
         tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-        return tokens, torch.log_softmax(logits.double(), -1)
+        return tokens, torch.log_softmax(logits, -1)
+
+    def until_end(self, tokens: list[int]) -> list[int]:
+        """What is said where the end of an answer counts."""
+        ends = {self.processor.tokenizer.eos_token_id, self.processor.tokenizer.pad_token_id}
+        return tokens[: next((index for index, token in enumerate(tokens) if token in ends), len(tokens))]
 
     def answer(self, case: dict) -> dict:
         inputs = self.processor.apply_chat_template(
@@ -152,21 +172,24 @@ class Reference:
             return_tensors="pt",
             **case.get("options", {}),
         )
-        tokens, narrow = self.generate(inputs, torch.float32, "sparse")
-        exact_tokens, exact = self.generate(inputs, torch.float64, "sparse")
+        forced = self.processor.tokenizer.convert_tokens_to_ids(case["forced"]) if "forced" in case else None
+        tokens, narrow = self.generate(inputs, torch.float32, "sparse", forced)
+        exact_tokens, exact = self.generate(inputs, torch.float64, "sparse", forced)
         best = narrow.topk(2).values
-        if (best[:, 0] - best[:, 1]).min() < MARGIN or tokens != exact_tokens:
+        if (forced is None and (best[:, 0] - best[:, 1]).min() < MARGIN) or tokens != exact_tokens:
             raise ValueError(f"case {case['name']!r}: two tokens are nearly equal, so that it decides nothing")
-        dense, _ = self.generate(inputs, torch.float32, "dense")
+        dense, dense_narrow = self.generate(inputs, torch.float32, "dense", forced)
         steps = range(NEW_TOKENS)
         return case | {
             "prompt": inputs["input_ids"][0].tolist(),
             "grids": inputs["video_grid_thw"].tolist() if "video_grid_thw" in inputs else [],
             "tokens": tokens,
-            "text": self.processor.decode(tokens, skip_special_tokens=True),
+            "text": self.processor.decode(self.until_end(tokens)),
             "logprobs": narrow[steps, tokens].tolist(),
             "exact_logprobs": exact[steps, tokens].tolist(),
             "dense_tokens": dense,
+            "dense_logprobs": dense_narrow[steps, dense].tolist(),
+            "forced": forced,
         }
 
 
