@@ -1,5 +1,6 @@
 """VideoNSA in vLLM: vLLM's Qwen2.5-VL with the attention of `attention.py` and the positions of VideoNSA."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
                 layer.self_attn = VideoNSAAttention(layer.self_attn, text, f"{prefix}.layers.{name}.self_attn")
                 self.layers.append(layer.self_attn)
             check_graphs(vllm_config.compilation_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """As vLLM's; dense attention has no gates, whose weights a checkpoint has all the same."""
+        if not self.layers:
+            weights = ((name, weight) for name, weight in weights if ".self_attn.g_proj_" not in name)
+        return super().load_weights(weights)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[torch.Tensor, int]:
         """Positions of a prompt (3, length), int64, and what is added to the number of tokens to give the next one.

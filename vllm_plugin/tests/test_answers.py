@@ -32,12 +32,14 @@ def run(request, reference, ask):
     return request.param, cases, ask(checkpoint, calls_of(cases, at_once, times), **engine)
 
 
-def errors(cases: list[dict], answers: list[dict], name: str = "logprobs") -> tuple[float, float]:
-    """The largest errors of log-probabilities in float32: the engine's, and transformers' own."""
-    pairs = [(case[name], case["exact_logprobs"]) for case in cases]
-    theirs = max(abs(one - exact) for narrow, exacts in pairs for one, exact in zip(narrow, exacts, strict=True))
-    pairs = [(answer["logprobs"], cases[answer["case"]]["exact_logprobs"]) for answer in answers]
-    return max(abs(one - exact) for narrow, exacts in pairs for one, exact in zip(narrow, exacts, strict=True)), theirs
+def distance(ours: list[float], theirs: list[float]) -> float:
+    """Of log-probabilities of the same tokens, the largest difference."""
+    return max(abs(one - other) for one, other in zip(ours, theirs, strict=True))
+
+
+def rounding_of(cases: list[dict]) -> float:
+    """How far float32 takes transformers from the truth, which is transformers in float64."""
+    return max(distance(case["logprobs"], case["exact_logprobs"]) for case in cases)
 
 
 def test_tokens_are_those_of_transformers(run):
@@ -50,10 +52,10 @@ def test_tokens_are_those_of_transformers(run):
 
 
 def test_probabilities_are_as_exact_as_those_of_transformers(run):
-    """Both are in float32 and add up in different orders; the truth is transformers' in float64."""
+    """Both are in float32 and add up in different orders."""
     _, cases, result = run
-    ours, theirs = errors(cases, result["answers"])
-    assert ours <= 3 * theirs
+    errors = [distance(answer["logprobs"], cases[answer["case"]]["exact_logprobs"]) for answer in result["answers"]]
+    assert max(errors) <= 3 * rounding_of(cases)
 
 
 def test_sparse_attention_is_what_ran(run):
@@ -93,8 +95,11 @@ def test_dense_attention_answers_otherwise(reference, ask, checkpoint):
     result = ask(checkpoint, calls_of(cases, at_once=True, times=1), **DENSE)
     assert result["counters"] == [{"dense": 0, "sparse": 0, "cached": 0}]
     assert all(answer["tokens"] == cases[answer["case"]]["dense_tokens"] for answer in result["answers"])
-    different = [answer["tokens"] != cases[answer["case"]]["tokens"] for answer in result["answers"]]
-    assert sum(different) >= len(cases) // 2
+    for answer in result["answers"]:
+        case = cases[answer["case"]]
+        first = answer["logprobs"][0] - case["exact_logprobs"][0]
+        is_same = answer["tokens"] == case["tokens"] and abs(first) <= 100 * rounding_of(cases)
+        assert is_same == (case["name"] == "text"), case["name"]
 
 
 def test_one_token_at_a_time(reference, ask):
@@ -121,11 +126,11 @@ def test_preempted_requests(reference, ask):
     assert result["preemptions"] > 0
     undisturbed = ask("noisy", [numbers[:1]], new_tokens=64)
     assert undisturbed["preemptions"] == 0
-    _, rounding = errors(cases, [])
+    (expected,) = undisturbed["answers"]
     for answer in result["answers"]:
-        assert answer["tokens"] == undisturbed["answers"][0]["tokens"]
-        pairs = zip(answer["logprobs"], undisturbed["answers"][0]["logprobs"], strict=True)
-        assert max(abs(one - other) for one, other in pairs) <= 6 * rounding  # each within 3 of the truth
+        assert answer["tokens"] == expected["tokens"]
+        # Each is within three of the truth.
+        assert distance(answer["logprobs"], expected["logprobs"]) <= 6 * rounding_of(cases)
 
 
 @pytest.mark.parametrize(

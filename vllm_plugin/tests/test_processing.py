@@ -184,13 +184,16 @@ def positions_in_vllm(model_class, prompt: list[int], result: dict) -> torch.Ten
     return model_class.get_mrope_input_positions(model, prompt, features)
 
 
-@pytest.mark.parametrize("fps", [1, 2, 2.4, 3.7])
-def test_positions(inputs, processor, fps):
+@pytest.mark.parametrize(
+    ("options", "is_same"), [({}, True), ({"fps": 1}, True), ({"num_frames": 100}, False), ({"num_frames": 116}, False)]
+)
+def test_positions(inputs, processor, options, is_same):
+    """At some rates vLLM's own positions are others, which is why there is a function of ours."""
     image = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     text = f"Look: {IMAGE}{VIDEO} and {VIDEO}{IMAGE} so?"
     data = {"image": [image, image], "video": [as_file(SCENE)] * 2}
-    result = inputs(text, data, fps=fps)
-    expected = processor(text=text, images=[image, image], videos=[SCENE, SCENE], fps=fps, return_tensors="pt")
+    result = inputs(text, data, **options)
+    expected = processor(text=text, images=[image, image], videos=[SCENE, SCENE], return_tensors="pt", **options)
     prompt = expected["input_ids"][0].tolist()
     assert result["prompt_token_ids"] == prompt
     grids = {name: expected[name] for name in ("image_grid_thw", "video_grid_thw")}
@@ -203,9 +206,8 @@ def test_positions(inputs, processor, fps):
     )
     positions, delta = positions_in_vllm(VideoNSAForConditionalGeneration, prompt, result)
     assert torch.equal(positions, truth[:, 0]) and delta == int(deltas)
-    # Why there is a function of our own.
     theirs, _ = positions_in_vllm(Qwen2_5_VLForConditionalGeneration, prompt, result)
-    assert torch.equal(theirs, truth[:, 0]) == (fps in (1, 2))
+    assert torch.equal(theirs, truth[:, 0]) == is_same
 
 
 def test_text_positions():
