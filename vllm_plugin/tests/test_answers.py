@@ -90,16 +90,26 @@ def test_demo_answers(reference):
 
 @pytest.mark.parametrize("checkpoint", ["tiny", "noisy"])
 def test_dense_attention_answers_otherwise(reference, ask, checkpoint):
-    """vLLM's own attention under the same weights: transformers' dense answers, and not those of above."""
+    """vLLM's own attention under the same weights: transformers' dense answers, and not those of above, nor their
+    probabilities."""
     cases = reference.answers[checkpoint]
     result = ask(checkpoint, calls_of(cases, at_once=True, times=1), **DENSE)
     assert result["counters"] == [{"dense": 0, "sparse": 0, "cached": 0}]
     assert all(answer["tokens"] == cases[answer["case"]]["dense_tokens"] for answer in result["answers"])
     for answer in result["answers"]:
         case = cases[answer["case"]]
-        first = answer["logprobs"][0] - case["exact_logprobs"][0]
-        is_same = answer["tokens"] == case["tokens"] and abs(first) <= 100 * rounding_of(cases)
-        assert is_same == (case["name"] == "text"), case["name"]
+        far = distance(answer["logprobs"], case["exact_logprobs"])
+        # What is sparse is within three times the rounding.
+        assert (far > 10 * rounding_of(cases)) == (case["name"] != "text"), case["name"]
+
+
+def test_bfloat16(reference, ask):
+    """Whose cache vLLM may lay out in another way: vision keys are read back from it, and the demo's answers right."""
+    cases = reference.answers["tiny"]
+    numbers = [number for number, case in enumerate(cases) if "answer" in case]
+    result = ask("tiny", [numbers], dtype="bfloat16", **CHUNKS)
+    assert result["counters"][0]["cached"] > 0
+    assert [answer["tokens"][0] for answer in result["answers"]] == [cases[number]["tokens"][0] for number in numbers]
 
 
 def test_one_token_at_a_time(reference, ask):

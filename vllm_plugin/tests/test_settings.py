@@ -1,6 +1,7 @@
 """What the plug-in refuses to start with, and what it sets."""
 
 import dataclasses
+import json
 
 import pytest
 from conftest import ROOT
@@ -8,14 +9,14 @@ from vllm import EngineArgs
 
 from videonsa_vllm import internals, settings
 
-TINY = str(ROOT / "checkpoints" / "tiny")
+TINY = ROOT / "checkpoints" / "tiny"
 RELEASED = {"nsa_variant": "released", "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 896}
 
 
-def start(**arguments):
+def start(model=TINY, **arguments):
     """vLLM's configuration, as far as it comes without loading the model."""
     defaults = {"dtype": "float32", "block_size": 32, "max_model_len": 2048, "trust_remote_code": True}
-    return EngineArgs(model=TINY, **(defaults | arguments)).create_engine_config()
+    return EngineArgs(model=str(model), **(defaults | arguments)).create_engine_config()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,6 @@ def test_what_is_set(config):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ({"hf_overrides": {"text_config": RELEASED}}, "nsa_variant"),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
         ({"tensor_parallel_size": 2, "decode_context_parallel_size": 2}, "decode_context_parallel_size"),
         (
@@ -73,6 +73,17 @@ def test_refused_in_a_configuration(config, monkeypatch, part, field, value):
         settings.refuse(config)
 
 
+def test_the_variant_that_is_not_served(tmp_path):
+    for file in TINY.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    values = json.loads((TINY / "config.json").read_text())
+    values["text_config"] |= RELEASED
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="VideoNSA cannot be served with `nsa_variant`=released: only the variant"):
+        start(tmp_path)
+
+
 def test_the_second_model_runner(monkeypatch):
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
@@ -97,7 +108,15 @@ def test_graphs_are_split_at_the_operator():
 
 
 def test_untested_versions(monkeypatch):
+    said = []
+    monkeypatch.setattr(internals.logger, "warning", lambda text, *values: said.append(text % values))
+    internals.check_versions()
+    assert not said
     monkeypatch.setattr(internals, "TESTED_VERSIONS", ("0.31.0",))
+    monkeypatch.setattr(internals, "COMPARED_VERSIONS", ("0.32.0",))
+    internals.check_versions()
+    assert said == ["VideoNSA was tested with vLLM 0.31.0, not yet with 0.32.0"]
+    monkeypatch.setattr(internals, "COMPARED_VERSIONS", ())
     with pytest.raises(ValueError, match=r"tested with vLLM 0\.31\.0, got 0\.32\.0"):
         internals.check_versions()
     monkeypatch.setenv(internals.ANY_VERSION, "1")
