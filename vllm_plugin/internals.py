@@ -32,7 +32,6 @@ _PLACES = {
     "VideoLoader": "vllm.multimodal.video",
     # what becomes of images and videos
     "MULTIMODAL_REGISTRY": "vllm.multimodal",
-    "VideoProcessorItems": "vllm.multimodal.parse",
     "Qwen2_5_VLDummyInputsBuilder": _QWEN,
     "Qwen2_5_VLMultiModalProcessor": _QWEN,
     "Qwen2_5_VLProcessingInfo": _QWEN,

@@ -94,7 +94,8 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
         """
         with timing_ctx.record("read_videos"):
             options = self.info.video_options(inputs.hf_processor_mm_kwargs)
-            items, uuids = inputs.mm_data_items, dict(inputs.mm_uuid_items or {})
+            items = inputs.mm_data_items.copy()
+            uuids = dict(inputs.mm_uuid_items or {})
             # One name for a video would stand for whatever frames each prompt leaves it.
             uuids.pop("video", None)
             if items.get_count("video", strict=False):

@@ -17,7 +17,7 @@ from typing import Any
 
 SECONDS_TO_ANSWER = 300
 # Not those of the environment: the server is on this machine.
-_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def post(url: str, body: dict, timeout: float = SECONDS_TO_ANSWER):
@@ -29,7 +29,7 @@ def post(url: str, body: dict, timeout: float = SECONDS_TO_ANSWER):
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    return _OPENER.open(request, timeout=timeout)
+    return OPENER.open(request, timeout=timeout)
 
 
 def chat(url: str, body: dict) -> dict:

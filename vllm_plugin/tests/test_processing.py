@@ -29,7 +29,7 @@ IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
 @pytest.fixture(scope="module")
 def processor():
-    return VideoNSAProcessor.from_pretrained(TINY)
+    return VideoNSAProcessor.from_pretrained(TINY, trust_remote_code=True)
 
 
 class Inputs:
@@ -125,17 +125,14 @@ def test_options_of_the_servers_start(processor):
 
 
 def test_what_is_refused(inputs):
-    video = {"video": [as_file(SCENE)]}
-    for options, message in (
-        ({"fsp": 2}, "'fsp': VideoNSA takes fps"),
-        ({"fps": -1}, "`fps` must be a positive number"),
-        ({"fps": 1, "num_frames": 4}, "exclude each other"),
-        ({"max_total_tokens": 1}, "too small"),
+    for count, options, message in (
+        (1, {"fsp": 2}, "'fsp': VideoNSA takes fps"),
+        (1, {"fps": -1}, "`fps` must be a positive number"),
+        (1, {"fps": 1, "num_frames": 4}, "exclude each other"),
+        (2, {"max_total_tokens": 1}, "too small"),
     ):
         with pytest.raises(ValueError, match=message):
-            inputs(VIDEO, video, **options) if options != {"max_total_tokens": 1} else inputs(
-                VIDEO * 2, {"video": video["video"] * 2}, **options
-            )
+            inputs(VIDEO * count, {"video": [as_file(SCENE)] * count}, **options)
     with pytest.raises(ValueError, match="cannot be opened as a video"):
         inputs(VIDEO, {"video": [as_file(b"no video" * 100)]})
     with pytest.raises(ValueError, match=r"video 1 was given by its uuid alone"):

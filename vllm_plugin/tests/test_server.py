@@ -14,7 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from conftest import ROOT
-from load import SECONDS_TO_ANSWER, at_once, body_of, cancel, chat
+from load import OPENER, SECONDS_TO_ANSWER, at_once, body_of, cancel, chat
 
 SECONDS_TO_START = 300  # 40 on two idle cores
 MODEL = "videonsa"
@@ -37,6 +37,8 @@ class Server:
             "--dtype": "float32",
             "--block-size": 32,
             "--max-model-len": 4096,
+            # So few that the first requests use all of them: memory that is touched later looks like a leak.
+            "--num-gpu-blocks-override": 400,
             "--limit-mm-per-prompt": json.dumps({"image": 2, "video": 3}),
             "--allowed-local-media-path": "/",
         }
@@ -169,7 +171,7 @@ def broken(case: dict, kind: str) -> dict:
 # What is said of them, and the status. A file that is missing is vLLM's own error, and stays it.
 BROKEN = {
     "no video": (400, "cannot be opened as a video"),
-    "cut short": (400, ""),
+    "cut short": (400, "cannot be opened as a video"),
     "missing": (500, "No such file"),
     "misspelt": (400, "'fsp': VideoNSA takes fps"),
     "negative": (400, "`fps` must be a positive number"),
@@ -186,7 +188,7 @@ def test_broken_requests_are_told_so(server, cases, kind):
 
 
 def test_load(server, cases):
-    """50 requests, 10 at a time, with broken and cancelled ones among them, three times over: every answer is right,
+    """50 requests, 10 at a time, with broken and cancelled ones among them, four times over: every answer is right,
     nothing is left behind, and the server lives."""
     kinds = list(BROKEN)
 
@@ -209,22 +211,15 @@ def test_load(server, cases):
             else:
                 assert_answered(answer, cases[number % len(cases)])
 
-    round_of_requests()
+    for _ in range(3):  # caches and pools of memory fill, by less and less
+        round_of_requests()
     before = server.memory()
     round_of_requests()
-    round_of_requests()
     grown = server.memory() - before
-    # Were the patches of its videos left behind by every request, it would be more than this.
-    patches = [sum(map(math.prod, case["grids"])) * 1176 * 4 for case in (cases * 3)[:50]]
-    assert grown < sum(patches), f"{grown / 1e6:.0f} MB of {before / 1e6:.0f}"
+    # Were the decoded frames of its videos left behind by every request, it would be more than this.
+    frames = [sum(map(math.prod, case["grids"])) * 1176 for case in (cases * 3)[:50]]
+    assert grown < sum(frames), f"{grown / 1e6:.0f} MB of {before / 1e6:.0f}, where frames are {sum(frames) / 1e6:.0f}"
     assert server.process.poll() is None
-    metrics = {line.split(" ")[0].split("{")[0]: line for line in _metrics(server)}
-    assert metrics["vllm:num_requests_running"].endswith(" 0.0")
-
-
-def _metrics(server: Server) -> list[str]:
-    import urllib.request
-
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{server.url}/metrics", timeout=60) as answer:
-        return answer.read().decode().splitlines()
+    with OPENER.open(f"{server.url}/metrics", timeout=SECONDS_TO_ANSWER) as answer:
+        lines = answer.read().decode().splitlines()
+    assert [line.split()[-1] for line in lines if line.startswith("vllm:num_requests_running{")] == ["0.0"]

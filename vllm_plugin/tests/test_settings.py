@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from vllm import EngineArgs
 
-from videonsa_vllm import internals, settings
+from videonsa_vllm import internals, plugin, settings
 
 TINY = ROOT / "checkpoints" / "tiny"
 RELEASED = {"nsa_variant": "released", "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 896}
@@ -71,6 +71,18 @@ def test_refused_in_a_configuration(config, monkeypatch, part, field, value):
     monkeypatch.setattr(getattr(config, part), field, value)
     with pytest.raises(ValueError, match=f"VideoNSA cannot be served with `{field.removesuffix('_type')}`={value}: "):
         settings.refuse(config)
+
+
+def test_a_vllm_in_which_it_cannot_be_registered(monkeypatch):
+    """Other models are served: nothing is raised, and what is missing is said."""
+    said = []
+    monkeypatch.setattr(plugin.logger, "warning", lambda text, *values: said.append(text % values))
+    monkeypatch.setitem(internals._PLACES, "ModelRegistry", "vllm.no_such_module")
+    plugin.register()
+    assert len(said) == 1 and "no_such_module" in said[0]
+    monkeypatch.undo()
+    plugin.register()
+    assert plugin.ARCHITECTURE in internals.ModelRegistry.get_supported_archs()
 
 
 def test_the_variant_that_is_not_served(tmp_path):
