@@ -88,6 +88,7 @@ def make_cases(videos: dict[str, Path], images: dict[str, Path]) -> list[dict]:
     cases += [{"name": name, "content": content} for name, content in shapes.items()]
     for options in ({"fps": 1}, {"fps": 3.7}, {"num_frames": 10}, {"max_pixels_per_frame": 3136 * 4}):
         cases.append({"name": f"options {options}", "content": [video("21"), ask], "options": options})
+    cases.append({"name": "longest", "content": [video("300"), ask], "options": {"fps": 4}})
     # A placeholder that the model generates is text, whatever it stands for in prompts.
     cases.append({"name": "generated video tokens", "content": [video("21"), ask], "forced": "<|video_pad|>"})
     cases.append(
