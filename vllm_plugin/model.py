@@ -38,19 +38,19 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = ""):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         text = self.config.text_config
-        self.layers: list[VideoNSAAttention] = []
+        self.sparse_layers: list[VideoNSAAttention] = []
         self.flags: VisionFlags | None = None
         # Of the step that was embedded and has not run yet, (rows,) on the host; `None`: there is none.
         self.embedded: torch.Tensor | None = None
         if text.nsa_mode == "sparse":
             for name, layer in self.language_model.model.layers.named_children():
                 layer.self_attn = VideoNSAAttention(layer.self_attn, text, f"{prefix}.layers.{name}.self_attn")
-                self.layers.append(layer.self_attn)
+                self.sparse_layers.append(layer.self_attn)
             check_graphs(vllm_config.compilation_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """As vLLM's; dense attention has no gates, whose weights a checkpoint has all the same."""
-        if not self.layers:
+        if not self.sparse_layers:
             weights = ((name, weight) for name, weight in weights if ".self_attn.g_proj_" not in name)
         return super().load_weights(weights)
 
@@ -102,14 +102,14 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         Raises:
             RuntimeError: vision rows were not sent through sparse attention in every layer.
         """
-        step = self.next_step(input_ids) if self.layers else None
+        step = self.next_step(input_ids) if self.sparse_layers else None
         if step is not None:
             get_forward_context().additional_kwargs[STEP] = step
         ids = None if inputs_embeds is not None else input_ids
         output = super().forward(ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        if step is not None and step.num_layers != len(self.layers):
+        if step is not None and step.num_layers != len(self.sparse_layers):
             raise RuntimeError(
-                f"{step.num_layers} of {len(self.layers)} layers ran sparse attention: a compiled or captured graph "
+                f"{step.num_layers} of {len(self.sparse_layers)} layers ran sparse attention: a compiled or captured graph "
                 "left the others out. Start vLLM with --enforce-eager, and report it"
             )
         return output
@@ -127,7 +127,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         if is_vision is None:  # a step of vLLM's own making, to warm something up
             self.check_text(input_ids)
             return None
-        layer = self.layers[0].attn
+        layer = self.sparse_layers[0].attn
         metadata = metadata[layer.layer_name]
         _, common = metadata.videonsa
         if self.flags is None:
@@ -137,6 +137,7 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
         self.flags.write(common.slot_mapping[: len(is_vision)], is_vision if has_vision else None)
         if not has_vision:
             return None
+        # On the host, and exact where nothing is speculated.
         num_keys = common.seq_lens if common.seq_lens_cpu_upper_bound is None else common.seq_lens_cpu_upper_bound
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].tolist()
         routing = Routing.build(

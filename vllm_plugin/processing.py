@@ -140,7 +140,9 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
                     video_metadata=hf_data["video_metadata"],
                     do_resize=False,
                     do_sample_frames=False,
-                    max_total_tokens=sum(frames.numel() for frames in hf_data["videos"]),  # was seen to
+                    max_total_tokens=sum(
+                        frames.numel() for frames in hf_data["videos"]
+                    ),  # it was kept when they were read
                     return_tensors="pt",
                 )
             )

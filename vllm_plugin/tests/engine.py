@@ -3,8 +3,8 @@
     python vllm_plugin/tests/engine.py TASK.json RESULT.json
 
 The task has `model`, `engine` (arguments of `LLM`), `cases`, and `calls`: lists of numbers of cases, each of which is
-one call of `LLM.chat`. The result has `answers`, in the order of the calls, the plug-in's `counters` of every rank, and
-the number of `preemptions`. With `sabotage`, something is broken first.
+one call of `LLM.chat`. The result has `answers`, in the order of the calls, the plug-in's `counters` of every rank,
+the number of `preemptions`, and `is_compiled`. With `sabotage`, something is broken first.
 """
 
 import dataclasses
@@ -48,7 +48,12 @@ def main(task: dict) -> dict:
         )
         answers += map(answer, numbers, outputs)
     preemptions = [metric.value for metric in engine.get_metrics() if metric.name == "vllm:num_preemptions"]
-    return {"answers": answers, "counters": engine.collective_rpc(read_counters), "preemptions": sum(preemptions)}
+    return {
+        "answers": answers,
+        "counters": engine.collective_rpc(read_counters),
+        "preemptions": sum(preemptions),
+        "is_compiled": engine.llm_engine.vllm_config.compilation_config.mode != 0,
+    }
 
 
 def sampling(case: dict, new_tokens: int):

@@ -62,6 +62,7 @@ def test_probabilities_are_as_exact_as_those_of_transformers(run, record_propert
 def test_sparse_attention_is_what_ran(run):
     """Counted in every rank; where each prompt is a step of its own, every layer of every prompt with vision."""
     name, cases, result = run
+    assert result["is_compiled"] == (name == "compiled")
     assert len(result["counters"]) == (2 if name == "tensor parallel" else 1)
     for counters in result["counters"]:
         assert counters["sparse"] >= NUM_LAYERS * 6 and counters["sparse"] % NUM_LAYERS == 0
