@@ -107,10 +107,11 @@ class VideoNSAForConditionalGeneration(Qwen2_5_VLForConditionalGeneration):
             get_forward_context().additional_kwargs[STEP] = step
         ids = None if inputs_embeds is not None else input_ids
         output = super().forward(ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        if step is not None and step.num_layers != len(self.sparse_layers):
+        num_layers = len(self.sparse_layers)
+        if step is not None and step.num_layers != num_layers:
             raise RuntimeError(
-                f"{step.num_layers} of {len(self.sparse_layers)} layers ran sparse attention: a compiled or captured graph "
-                "left the others out. Start vLLM with --enforce-eager, and report it"
+                f"{step.num_layers} of {num_layers} layers ran sparse attention: a compiled or captured graph left the "
+                "others out. Start vLLM with --enforce-eager, and report it"
             )
         return output
 

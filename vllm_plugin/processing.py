@@ -134,18 +134,11 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
         if hf_data.get("images"):
             outputs.update(processor(images=hf_data["images"], return_tensors="pt"))
         if hf_data.get("videos"):
-            outputs.update(
-                processor(
-                    videos=hf_data["videos"],
-                    video_metadata=hf_data["video_metadata"],
-                    do_resize=False,
-                    do_sample_frames=False,
-                    max_total_tokens=sum(
-                        frames.numel() for frames in hf_data["videos"]
-                    ),  # it was kept when they were read
-                    return_tensors="pt",
-                )
-            )
+            videos = hf_data["videos"]
+            fixed = {"do_resize": False, "do_sample_frames": False}  # all of that was done when they were read,
+            fixed["max_total_tokens"] = sum(frames.numel() for frames in videos)  # within their prompt's budget
+            metadata = hf_data["video_metadata"]
+            outputs.update(processor(videos=videos, video_metadata=metadata, return_tensors="pt", **fixed))
             # vLLM would round them as it does pixels, and positions with them.
             outputs["second_per_grid_ts"] = torch.as_tensor(outputs["second_per_grid_ts"], dtype=torch.float32)
         dtype = self.info.ctx.model_config.dtype
