@@ -1,5 +1,6 @@
 """What becomes of images and videos on their way into vLLM, against a call of the processor, and their positions."""
 
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from transformers import AutoConfig
 from vllm import EngineArgs
 from vllm.config import set_current_vllm_config
@@ -109,6 +111,15 @@ def test_frames(inputs, processor):
         assert float(field(result, "video", 0, "second_per_grid_ts")) == pytest.approx(
             expected["second_per_grid_ts"][0]
         )
+
+
+def test_films_in_a_format_of_pictures(inputs):
+    """They are videos, each of its own, and no frames of one."""
+    pictures = [Image.new("RGB", (56, 56), (8 * index, 0, 0)) for index in range(16)]
+    file = io.BytesIO()
+    pictures[0].save(file, format="gif", save_all=True, append_images=pictures[1:], duration=500)
+    result = inputs(VIDEO * 2, {"video": [as_file(file.getvalue())] * 2})
+    assert [field(result, "video", index, "video_grid_thw").tolist() for index in (0, 1)] == [[8, 4, 4]] * 2
 
 
 def test_options_of_the_servers_start(processor):
