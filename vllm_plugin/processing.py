@@ -14,7 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from .internals import Qwen2_5_VLDummyInputsBuilder, Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
 from .loader import FILE_MARK
-from .videonsa import VideoNSAProcessor, VideoRequest
+from .videonsa import VideoNSAProcessor
 
 OPTIONS = ("fps", "num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame", "max_total_tokens")
 # Frames that are decoded at a time; each may be a few hundred kilobytes.
@@ -114,8 +114,7 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
                 raise ValueError(f"video {index + 1} was given by its uuid alone: VideoNSA needs the video")
             frames, known = item
             is_file = known.get(FILE_MARK, False)
-            # A request for one video: a list of files with pictures would be taken for the frames of one.
-            files.append(VideoRequest(frames.tobytes() if is_file else frames))
+            files.append(frames.tobytes() if is_file else frames)
             # vLLM's way to say that frames are all that there are, and not yet sampled.
             unsampled = {"frames_indices"} if known.get("do_sample_frames") else set()
             names = [name for name in _METADATA if name in known and name not in unsampled]

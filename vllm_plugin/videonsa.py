@@ -10,7 +10,6 @@ _PLACES = {
     "SequenceLengths": "nsa_kernels.attention",
     "VideoNSAConfig": "configuration_videonsa",
     "VideoNSAProcessor": "processing_videonsa",
-    "VideoRequest": "frames_videonsa",
     "mrope_position_ids": "positions_videonsa",
     "nsa_attention": "nsa_kernels.attention",
 }
