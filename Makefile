@@ -5,7 +5,7 @@ BIN := .venv/bin
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: app demo paper test test-oldest test-upstream check aot clean
+.PHONY: app demo paper test test-oldest test-upstream test-vllm check aot clean
 
 demo: .venv/installed  ## ask the small checkpoint about drawn videos
 	$(BIN)/python demo/run_demo.py $(ARGS)
@@ -37,6 +37,18 @@ test-upstream: .venv/installed  ## transformers' own tests of models, on VideoNS
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt parameterized
 	$(BIN)/python tools/run_upstream_tests.py $(ARGS)
 
+# Slow: 3 GB to install; skipped, and said so, where they cannot be had. The reference is what transformers answers.
+VLLM ?= .venv-vllm
+VLLM_TESTS ?= vllm_plugin/tests
+
+test-vllm: .venv/installed  ## the vLLM plug-in against transformers, in an environment of its own
+	@if test -e $(VLLM)/installed || vllm_plugin/tests/make_environment.sh $(VLLM); then \
+	    set -ex; \
+	    $(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -e .; \
+	    VIDEONSA_REFERENCE_PYTHON=$(BIN)/python $(VLLM)/bin/python -m pytest $(VLLM_TESTS); \
+	elif test $$? = 3; then echo "test-vllm: SKIPPED"; \
+	else exit 1; fi
+
 check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +62,4 @@ aot: .venv/installed  ## compile every Triton kernel for sm_80, sm_90 and sm_100
 	$(BIN)/python tools/aot_report.py
 
 clean:
-	rm -rf .venv .venv-oldest demo/output build *.egg-info
+	rm -rf .venv .venv-oldest .venv-vllm demo/output build *.egg-info
