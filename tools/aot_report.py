@@ -259,8 +259,44 @@ def compile_launch(launch: Launch, target: int) -> dict:
     return result
 
 
+def read_code(code: str) -> dict:
+    """What the disassembled machine code of a kernel consists of.
+
+    Returns:
+        instructions, barriers, local_loads, local_stores: of all of it.
+        loops: [instructions, barriers, matrix instructions] of every loop that holds no other loop, the longest first.
+            Barriers are those of a whole block, which its warps wait at for each other.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    places = {int(address, 16): i for i, (address, *_) in enumerate(found)}
+    names = [name for _, name, _ in found]
+    # What follows the last exit is padding, and a jump to itself.
+    end = max((i for i, name in enumerate(names) if name == "EXIT"), default=len(names) - 1) + 1
+
+    def count(first, last, pattern):
+        return sum(re.match(pattern, name) is not None for name in names[first:last])
+
+    jumps = []
+    for i, (_, name, operands) in enumerate(found[:end]):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target and places.get(int(target.group(1), 16), end) <= i:
+            jumps.append((places[int(target.group(1), 16)], i + 1))
+    loops = [
+        [last - first, count(first, last, r"BAR\b"), count(first, last, r"\w*(GMMA|HMMA|UTC\w*MMA)\b")]
+        for first, last in jumps
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in jumps)
+    ]
+    return {
+        "instructions": end,
+        "barriers": count(0, end, r"BAR\b"),
+        "local_loads": count(0, end, r"LDL\b"),
+        "local_stores": count(0, end, r"STL\b"),
+        "loops": sorted(loops, reverse=True),
+    }
+
+
 def read_resources(compiled) -> dict:
-    """Registers and stack of the machine code, local memory accesses where there is a stack, matrix instructions."""
+    """Registers and stack of the machine code, what it consists of, and its matrix instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -271,15 +307,13 @@ def read_resources(compiled) -> dict:
 
         usage = dump("--dump-resource-usage")
         read = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # noqa: E731
-        # Disassembling takes longer than compiling, and without a stack there is nothing to look for.
-        code = dump("--dump-sass") if read("STACK") or read("LOCAL") else ""
+        code = read_code(dump("--dump-sass"))
     matrix = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
     counts = {kind: len(re.findall(pattern, compiled.asm["ptx"])) for kind, pattern in matrix.items()}
     return {
         "registers": read("REG"),
         "stack": read("STACK") + read("LOCAL"),
-        "local_loads": len(re.findall(r"\bLDL\b", code)),
-        "local_stores": len(re.findall(r"\bSTL\b", code)),
+        **code,
         "matrix_instructions": {kind: count for kind, count in counts.items() if count},
     }
 
