@@ -3,6 +3,7 @@
     python tools/aot_report.py                                       # all: docs/aot.md, benchmarks/results/aot.json
     python tools/aot_report.py --shapes 7B --targets 90 --output ""  # a part of it, on the terminal alone
     python tools/aot_report.py --note after                          # what docs/aot.md compares, with this Triton
+    python tools/aot_report.py --note "two blocks" --tuning selection_span=2
 
 The launches are not listed here. Each branch's own entry points run on fake CUDA tensors, which have shapes but no
 memory, and every launch they would make is recorded instead: constexprs, warps, stages and argument types are those of
@@ -17,6 +18,7 @@ does not compile, or needs more shared memory than a block can have.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -43,7 +45,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nsa_kernels import triton_attention, triton_rows, utils  # noqa: E402
+from nsa_kernels import triton_attention, triton_rows, triton_tiles, utils  # noqa: E402
 
 # Compute capability -> shared memory that one block can have, and that a multiprocessor has, in bytes. 8.6 runs the
 # code of 8.0 with less than it has, so kernels for it must do with that.
@@ -376,15 +378,29 @@ def merged(results: list[dict], target: int) -> list[dict]:
     return list(rows.values())
 
 
-def note(label: str, jobs: int) -> None:
-    """Keep what kernels take at the 7B shape on sm_90, under a label, for the comparison in the table."""
-    launches = record([shape for shape in SHAPES if shape.name == "7B"], 90)
+def note(label: str, jobs: int, tuning: dict[str, int]) -> None:
+    """Keep what kernels take at the 7B shape on sm_90, under a label, for the comparison in the table.
+
+    Args:
+        tuning: values of `triton_tiles.tuning` that are not the usual ones; then only kernels that they change.
+    """
+    shapes = [shape for shape in SHAPES if shape.name == "7B"]
+    launches = record(shapes, 90)
+    if tuning:
+        with mock.patch.object(triton_tiles, "tuning", dataclasses.replace(triton_tiles.tuning, **tuning)):
+            launches = record(shapes, 90).keys() - launches.keys()
     results = compile_all(list(launches), [90] * len(launches), jobs)
     names = "kernel", "instructions", "barriers", "registers", "stack", "shared", "loops"
     readings = [{name: result[name] for name in names} for result in results]
     notes = json.loads(NOTES.read_text()) if NOTES.exists() else {}
     notes.setdefault(label, {})[triton.__version__] = sorted(readings, key=lambda reading: reading["kernel"])
     NOTES.write_text(json.dumps(notes) + "\n")
+
+
+def setting(text: str) -> tuple[str, int]:
+    """``name=2``, of an argument, as a name and a number."""
+    name, _, value = text.partition("=")
+    return name, int(value)
 
 
 def compile_all(launches: list[Launch], targets: list[int], jobs: int) -> list[dict]:
@@ -403,9 +419,10 @@ def comparison() -> list[str]:
         "## Before and after",
         "",
         "The 7B shape on sm_90, with the labels and versions of Triton under which `python tools/aot_report.py --note",
-        "LABEL` was run. A step is one pass through the innermost loop with the most matrix instructions, or the",
-        "longest: its instructions, those of the shortest way through it (without masks that are skipped), and its",
-        "barriers. Kernels that are launched in several forms have several rows.",
+        "LABEL` was run; labels other than before and after are of `--tuning`, and have the kernels that it changes. A",
+        "step is one pass through the innermost loop with the most matrix instructions, or the longest: its",
+        "instructions, those of the shortest way through it (without masks that are skipped), and its barriers. What",
+        "is launched in several forms has several rows.",
         "",
         "| kernel | label | Triton | instructions | barriers | step | shortest | barriers | registers | stack B "
         "| shared B |",
@@ -467,9 +484,12 @@ def main() -> int:
     parser.add_argument("--markdown", default="docs/aot.md", help="table to write; only together with --output")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--note", metavar="LABEL", help="keep the readings that docs/aot.md compares, nothing else")
+    parser.add_argument(
+        "--tuning", nargs="+", type=setting, default=[], help="for --note: name=2, of triton_tiles.Tuning"
+    )
     args = parser.parse_args()
     if args.note:
-        note(args.note, args.jobs)
+        note(args.note, args.jobs, dict(args.tuning))
         return 0
 
     work, shapes_of = [], []
