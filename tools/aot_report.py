@@ -301,11 +301,11 @@ def read_code(code: str) -> dict:
         for i in reversed(range(first, last)):
             target, always = jumps.get(i, (i + 1, False))
             ways = [steps[j] for j in ([target] if always else [i + 1, target]) if j in steps and j > i]
-            if i == last - 1:
+            if i == last - 1 or target == first:
                 ways.append(0)
             if ways:
                 steps[i] = 1 + min(ways)
-        return steps[first]
+        return steps.get(first, last - first)  # there is none where every way leaves the loop
 
     loops = [
         [
