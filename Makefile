@@ -58,7 +58,7 @@ check: .venv/installed
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
 	touch $@
 
-aot: .venv/installed  ## compile every Triton kernel for sm_80, sm_90 and sm_100, no GPU needed; writes docs/aot.md
+aot: .venv/installed  ## compile every Triton kernel for five targets, no GPU needed; writes docs/aot.md
 	$(BIN)/python tools/aot_report.py
 
 clean:

@@ -17,13 +17,11 @@ from .nsa_kernels/sliding_window import *
 from .nsa_kernels/text_rows import *
 from .nsa_kernels/topk import *
 from .nsa_kernels/triton_attention import *
-from .nsa_kernels/triton_choice import *
 from .nsa_kernels/triton_compression import *
+from .nsa_kernels/triton_gates import *
+from .nsa_kernels/triton_rows import *
 from .nsa_kernels/triton_selection import *
-from .nsa_kernels/triton_selection_dkv import *
-from .nsa_kernels/triton_text import *
 from .nsa_kernels/triton_tiles import *
-from .nsa_kernels/triton_window import *
 from .nsa_kernels/utils import *
 """
 KERNEL_NAMES = [line.split()[1].removeprefix(".nsa_kernels/") for line in _KERNEL_FILES.strip().splitlines()]

@@ -12,6 +12,7 @@ length, so that what was measured survives whatever comes after it.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 DRY_RUN = "--dry-run" in sys.argv
 if DRY_RUN:  # the interpreter has to be chosen before Triton is imported, which torch may do
@@ -43,6 +45,8 @@ TOKENS = [32768, 131072, 8192, 65536, 16384, 4096, 2048, 1024]
 FLEX_TOKENS = (8192, 32768, 131072)  # each one is compiled anew
 HEADS, HEAD_DIM, TEXT_ROWS = (28, 4), 128, 512
 NSA = {"block_size": 64, "block_counts": 32, "window_size": 256}
+# What `triton_tiles.tuning` could be instead.
+SWEEP = ({}, {"selection_span": 2}, {"window_rows": 64}, {"stages": 2}, {"stages": 4})
 if DRY_RUN:
     TOKENS, FLEX_TOKENS = [80, 48], (48,)
     HEADS, HEAD_DIM, TEXT_ROWS = (7, 1), 32, 8
@@ -110,29 +114,31 @@ def nsa(lengths: utils.SequenceLengths) -> Callable:
 def measure_each_branch(watch: timing.Stopwatch, inputs: list[torch.Tensor], lengths: utils.SequenceLengths) -> dict:
     """Each branch's kernels alone, forward and backward, and which blocks neighbouring tokens select together."""
     from nsa_kernels import triton_compression as compression
+    from nsa_kernels import triton_rows as rows
     from nsa_kernels import triton_selection as selection
-    from nsa_kernels import triton_window as window
+    from nsa_kernels import triton_tiles
 
     q, k, v, *_ = inputs
     size, counts, width, scale = *NSA.values(), q.shape[2] ** -0.5
     o, lse, indices = compression.compress_and_choose(q, k, v, lengths, size, counts, scale)
     do = torch.randn_like(o)
     delta = (o.float() * do.float()).sum(-1)
+    lists = selection.list_blocks(indices, q, lengths, size, is_sorted=True)
     # Any lse does for timing the other branches' backward, but a branch's own keeps its probabilities at most 1.
-    lse_slc = selection.selection_fwd(q, k, v, indices, lengths, size, scale)[1]
-    lse_swa = window.window_fwd(q, k, v, lengths, width, scale)[1]
+    lse_slc = selection.selection_fwd(q, k, v, lists, lengths, size, scale)[1]
+    lse_swa = rows.window_fwd(q, k, v, lengths, width, scale)[1]
+    of_cmp, of_slc, of_swa = (triton_tiles.lse_and_delta(x, delta) for x in (lse, lse_slc, lse_swa))
     calls = {
         "compression forward": lambda: compression.compress(q, k, v, lengths, size, scale),
         "compression and choice forward": lambda: compression.compress_and_choose(
             q, k, v, lengths, size, counts, scale
         ),
-        "selection forward": lambda: selection.selection_fwd(q, k, v, indices, lengths, size, scale),
-        "window forward": lambda: window.window_fwd(q, k, v, lengths, width, scale),
-        "compression backward": lambda: compression.compression_bwd(q, k, v, lse, do, delta, lengths, size, scale),
-        "selection backward": lambda: selection.selection_bwd(
-            q, k, v, indices, lse_slc, do, delta, lengths, size, scale
-        ),
-        "window backward": lambda: window.window_bwd(q, k, v, lse_swa, do, delta, lengths, width, scale),
+        "lists of blocks": lambda: selection.list_blocks(indices, q, lengths, size, is_sorted=True),
+        "selection forward": lambda: selection.selection_fwd(q, k, v, lists, lengths, size, scale),
+        "window forward": lambda: rows.window_fwd(q, k, v, lengths, width, scale),
+        "compression backward": lambda: compression.compression_bwd(q, k, v, of_cmp, do, lengths, size, scale),
+        "selection backward": lambda: selection.selection_bwd(q, k, v, lists, of_slc, do, lengths, size, scale),
+        "window backward": lambda: rows.window_bwd(q, k, v, of_swa, do, lengths, width, scale),
     }
     results = {name: watch.measure(call) for name, call in calls.items()}
     results["union"] = unions.union_statistics(indices)
@@ -165,11 +171,11 @@ def measure_branches(watch: timing.Stopwatch, tokens: int, device: torch.device,
 
 
 def measure_text(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
-    from nsa_kernels import triton_text
+    from nsa_kernels import triton_rows
 
     q, k, v, *_ = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "random")
     inputs = [q[-min(TEXT_ROWS, tokens // 2) :], k, v]
-    results = both_directions(watch, f"{TEXT_ROWS} text rows", triton_text.text_rows_attention, inputs)
+    results = both_directions(watch, f"{TEXT_ROWS} text rows", triton_rows.text_rows_attention, inputs)
     return results | both_directions(watch, f"{TEXT_ROWS} text rows, torch flash", text_by_flash, inputs)
 
 
@@ -180,6 +186,39 @@ def measure_flex(watch: timing.Stopwatch, tokens: int, device: torch.device, dty
     return both_directions(watch, "dense flex", flex(tokens, device), inputs)
 
 
+def measure_sweep(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """All of the attention with each other value of `triton_tiles.tuning`, one at a time, and with what it is."""
+    from nsa_kernels import triton_tiles
+
+    lengths, results = utils.SequenceLengths.from_lengths([tokens], device=device), {}
+    inputs = timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "video")
+    for change in SWEEP:
+        tuning = dataclasses.replace(triton_tiles.tuning, **change)
+        name = ", ".join(f"{key} = {value}" for key, value in change.items()) or "as it is"
+        with mock.patch.object(triton_tiles, "tuning", tuning):
+            results |= both_directions(watch, f"sweep: {name},", nsa(lengths), inputs)
+    return results
+
+
+def measure_profile(watch: timing.Stopwatch, tokens: int, device: torch.device, dtype: torch.dtype) -> dict:
+    """What each kernel takes of one forward and backward pass, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    lengths = utils.SequenceLengths.from_lengths([tokens], device=device)
+    call = forward_backward(nsa(lengths), timing.make_inputs(tokens, HEADS, HEAD_DIM, dtype, device, "video"))
+    call()  # compiles
+    timing.synchronize(device)
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        call()
+        timing.synchronize(device)
+    found = [
+        ((event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3, event.count, event.key)
+        for event in profiler.key_averages()
+    ]
+    return {f"kernel {key[:80]}": {"ms": ms, "runs": runs} for ms, runs, key in sorted(found, reverse=True)[:40] if ms}
+
+
 # What is measured, and each one's share of the time. Each has a process of its own: a kernel that fails takes down
 # everything that comes after it in a process.
 PARTS = {
@@ -188,7 +227,11 @@ PARTS = {
     "branches": (measure_branches, 3.0),
     "text": (measure_text, 1.5),
     "flex": (measure_flex, 1.5),
+    "sweep": (measure_sweep, 2.0),
+    "profile": (measure_profile, 0.5),
 }
+# Measured unless `--parts` says otherwise: the last two answer other questions than how fast it is.
+USUAL_PARTS = ("nsa", "dense", "branches", "text", "flex")
 
 
 def add_ratios(results: dict) -> dict:
@@ -320,6 +363,7 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, help="PNG file to write")
     parser.add_argument("--seconds", type=float, default=600, help="stop starting measurements after this long")
     parser.add_argument("--peers", type=Path, help="folder with other implementations, laid out as in peers.py")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL_PARTS, help="what to measure")
     parser.add_argument("--part", choices=[*PARTS, *peers.NAMES], help="measure this one alone, in this process")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU where there is no GPU")
     args = parser.parse_args()
@@ -338,7 +382,9 @@ def main() -> int:
     }
     rows = {row["tokens"]: row for row in report["lengths"]}
     end = time.monotonic() + args.seconds
-    shares = {name: share for name, (_, share) in PARTS.items()} | dict.fromkeys(available, 2.5)
+    shares = {name: PARTS[name][1] for name in args.parts}
+    if args.peers or set(args.parts) == set(USUAL_PARTS):
+        shares |= dict.fromkeys(available, 2.5)
     for name in list(shares):
         # What a part leaves of its time goes to those after it.
         seconds = (end - time.monotonic()) * shares[name] / sum(shares.values())

@@ -148,15 +148,23 @@ def nsa_costs(tokens: int, model: Model, machine: Machine, union: float, backwar
             Cost("pooling", 0, 0, 0, 2 * kv_bytes / machine.hbm),
             matrix("compression", n["compression"], 2, walk(n["compression"], 128), 2 * q_bytes),
             *(dense() if selects_all else [choose(), selection]),
-            matrix("window", n["window"], 2, walk(n["window"], 126), io, wasted=1 + (block + tile) / model.window),
-            Cost("gated sum", 0, 0, 0, 4 * q_bytes / machine.hbm),
+            # It also reads the other branches, and writes the gated sum in place of its own output.
+            matrix(
+                "window and sum",
+                n["window"],
+                2,
+                walk(n["window"], 126),
+                io + 2 * q_bytes,
+                wasted=1 + (block + tile) / model.window,
+            ),
         ]
     io = 3 * q_bytes + 2 * kv_bytes
     gradients = 2 * 2 * kv_bytes  # float32
     partials = 2 * 2 * gradients  # written and read, about two rows per row
     gathered = n["blocks"] * groups * model.group * dim * byte * 2  # rows of q and do
     slc_dkv = matrix("selection dk, dv", n["selection"], 4, gathered, gradients + partials)
-    slc_dkv.launches, slc_dkv.hbm = 6, slc_dkv.hbm + n["blocks"] * groups * 8 * 2 * 6 / machine.hbm  # sorting pairs
+    # The pairs are counted and placed: the lists are read twice, and a token is written for each.
+    slc_dkv.launches, slc_dkv.hbm = 9, slc_dkv.hbm + n["blocks"] * groups * 4 * 5 / machine.hbm
     slc_dq = matrix("selection dq", n["selection"] * union, 3, walk(n["selection"] * union, 126), io)
     wasted = 1 + (block + tile) / model.window
     return [
@@ -246,7 +254,7 @@ def short_sequences(model: Model, machine: Machine) -> list[str]:
         costs = {cost.name: cost.seconds(machine) for cost in nsa_costs(tokens, model, machine, 1.7, False)}
         selection = costs.pop("selection by torch", None) or costs.pop("selection")
         row = [dense_seconds(tokens, model, machine, "cudnn", False), selection, costs["compression"]]
-        row += [costs.get("block choice", 0.0), costs["window"], costs["pooling"] + costs["gated sum"]]
+        row += [costs.get("block choice", 0.0), costs["window and sum"], costs["pooling"]]
         rows.append([length(tokens), *map(ms, row)])
     first = pairs(reach, model)["selection"] * 4 * model.heads * model.dim
     saved_by_torch = ms(first / machine.triton - first / machine.cudnn)
@@ -262,7 +270,7 @@ def short_sequences(model: Model, machine: Machine) -> list[str]:
         "between 8K and 16K tokens where neighbours agree (r = 1.7), and beyond 32K where they do not (r = 8). Forward "
         "times in milliseconds, r = 1.7:"
     )
-    lines += ["", *table(["tokens", "dense", "selection", "compression", "choice", "window", "pooling, gates"], rows)]
+    lines += ["", *table(["tokens", "dense", "selection", "compression", "choice", "window, sum", "pooling"], rows)]
     lines += ["What could be done, and why it is not:", ""]
     for item in (
         "*One kernel for all branches of a short sequence.* It would save launches and the branches' outputs, but its "
@@ -270,9 +278,6 @@ def short_sequences(model: Model, machine: Machine) -> list[str]:
         "come on top.",
         "*Window and compression in one kernel.* They have nothing in common but q: a read of it and a launch, "
         f"{ms(q_seconds + machine.launch)} ms at 8K tokens.",
-        f"*The gated sum in the selection kernel.* It would save {ms(4 * q_seconds + machine.launch)} ms at 8K tokens, "
-        "but only without a backward pass, which needs every branch's output for its gate's gradient. Later, once the "
-        "kernels have been measured.",
         f"*torch for the first {length(reach)} tokens of a longer sequence*, which select every block too. It would "
         f"save {saved_by_torch} ms and cost three more launches, {ms(3 * machine.launch)} ms.",
         "*Rare blocks by pairs.* A tile walks a block with all of its rows, even where one token alone selected it. A "
@@ -414,7 +419,7 @@ def page(model: Model, machine: Machine) -> str:
         ),
         "Where rows and keys are the same tokens (a run at the start of its sample), dense causal attention is what",
         "torch does without a mask, in one launch, and cuDNN's kernel is assumed to be a third faster than Triton's:",
-        "there `triton_text.torch_is_as_good` says to use torch. At 1K keys the difference is a launch either way.",
+        "there `triton_rows.torch_is_as_good` says to use torch. At 1K keys the difference is a launch either way.",
         "",
         *table(
             ["rows = keys", "Triton", "torch, flash", "torch, cuDNN"],

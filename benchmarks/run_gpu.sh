@@ -5,16 +5,16 @@
 #   OUT=results bash benchmarks/run_gpu.sh --dry-run         # the same steps at tiny sizes, on the CPU
 #
 # Results go to the folder OUT (default: gpu_results): summary.txt with the end of every step, logs.txt with all of it,
-# kernels.json, kernels.png, prefill.json. All are written as soon as there is something to write: what was reached
+# a JSON file per benchmark, kernels.png. All are written as soon as there is something to write: what was reached
 # before a run is cut off is kept. Each step has processes and a time of its own, so that a kernel that fails or hangs
-# costs its own step alone. Correctness comes first, its steps side by side, then what is worth most. Wheels that lie in
-# wheels/ are used in place of what is installed. The exit code is 0 if all tests passed.
+# costs its own step alone. What is worth most comes first: whether results are right at the model's shapes, how fast
+# that is, and then everything else; a step that needs less than its share of the time leaves it to those after it.
+# Wheels that lie in wheels/ are used in place of what is installed. The exit code is 0 if all tests passed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 # SECONDS_TOTAL: no step may take what is not left of it.
-total=${SECONDS_TOTAL:-570} peers=() dry=() parallel_steps=8
-seconds_tests=150 seconds_long=60 seconds_kernels=195 seconds_prefill=110
+total=${SECONDS_TOTAL:-570} peers=() dry=() parallel_steps=4
 while (($#)); do
     case "$1" in
         --peers) peers=(--peers "$2"); shift 2 ;;
@@ -32,10 +32,12 @@ trap 'rm -rf "$work"' EXIT
 : >"$out/logs.txt"
 # One compile thread: workers of torch.compile would outlive a benchmark that is stopped, and keep its pipe open.
 export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 COLUMNS=200 TORCHINDUCTOR_COMPILE_THREADS=1
+# Steps side by side: threads of each would share the same cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$work/triton}"
 if ((${#dry[@]})); then
     export TRITON_INTERPRET=1 NSA_DRY_RUN=1 OMP_NUM_THREADS=1
-    total=3600 parallel_steps=1 seconds_tests=900 seconds_long=300 seconds_kernels=600 seconds_prefill=600
+    total=7200 parallel_steps=1
 fi
 if compgen -G "wheels/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" wheels/*.whl &&
@@ -74,6 +76,18 @@ aside() {
     step "$@" &
 }
 
+# share PERCENT: so much of the time that is left.
+share() { echo $(((total - SECONDS - 12) * $1 / 100)); }
+
+# bench NAME PERCENT ARGUMENTS...: a step of bench_kernels.py.
+bench() {
+    local name=$1 seconds
+    seconds=$(share "$2")
+    shift 2
+    lines=80 step "$name" "$seconds" "$python" benchmarks/bench_kernels.py --seconds "$((seconds - 8))" \
+        --output "$out/$name.json" "$@" "${dry[@]}"
+}
+
 command -v nvidia-smi >/dev/null && say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader)"
 lines=20 step setup 60 "$python" benchmarks/check_setup.py "${dry[@]}"
 (($? == 3)) && exit 3
@@ -85,13 +99,21 @@ pytest=(env CUDA_LAUNCH_BLOCKING=1 "$python" -m pytest --noconftest -p no:cachep
 # Most of their time is compilation on the CPU.
 several=()
 "$python" -c "import xdist" 2>/dev/null && ((${#dry[@]} == 0)) && several=(-n 3)
-tests=(window compression selection text attention dense branch_compression branch_selection branch_window branch_text
-    repeat memcheck racecheck)
+
+step production "$(share 20)" "${pytest[@]}" tests/test_gpu.py -k production
+
+headline=()
+((${#dry[@]})) || headline=(--tokens 32768 131072)
+bench headline 20 --parts nsa dense "${headline[@]}"
+
+seconds_tests=$(share 45)
+tests=(compression selection rows_window rows_text attention dense branch_compression branch_selection branch_window
+    branch_text repeat memcheck racecheck)
 for name in "${tests[@]}"; do
     case "$name" in
         # Against the oracle, in float32 and half precision: the interpreter's tests, compiled and run on the GPU.
         dense) aside "$name" "$seconds_tests" "${pytest[@]}" tests/test_dense_causal.py ;;
-        window | compression | selection | text | attention)
+        compression | selection | rows_window | rows_text | attention)
             aside "$name" "$seconds_tests" "${pytest[@]}" "${several[@]}" "tests/test_triton_$name.py" ;;
         # In bf16 and fp16, with tiles of the sizes that the model uses.
         branch_text) aside "$name" "$seconds_tests" "${pytest[@]}" tests/test_gpu.py -k text_rows ;;
@@ -101,16 +123,19 @@ for name in "${tests[@]}"; do
     esac
 done
 wait
-step long "$seconds_long" "${pytest[@]}" tests/test_gpu.py -k overflow
+step long "$(share 25)" "${pytest[@]}" tests/test_gpu.py -k overflow
+tests=(production "${tests[@]}" long)
 failed=()
-for name in "${tests[@]}" long; do
+for name in "${tests[@]}"; do
     [[ $(cat "$work/$name.status" 2>/dev/null) == 0 ]] || failed+=("$name")
 done
-say "== tests: ${#failed[@]} of $((${#tests[@]} + 1)) steps failed: ${failed[*]:-none}, $SECONDS s so far"
+say "== tests: ${#failed[@]} of ${#tests[@]} steps failed: ${failed[*]:-none}, $SECONDS s so far"
 
-lines=80 step kernels "$((seconds_kernels + 10))" "$python" benchmarks/bench_kernels.py --seconds "$seconds_kernels" \
-    --output "$out/kernels.json" --plot "$out/kernels.png" "${peers[@]}" "${dry[@]}"
-lines=20 step prefill "$((seconds_prefill + 10))" "$python" benchmarks/bench_prefill.py --seconds "$seconds_prefill" \
+bench sweep 30 --parts sweep "${headline[@]}"
+bench profile 15 --parts profile "${headline[@]}"
+seconds=$(share 40)
+lines=20 step prefill "$seconds" "$python" benchmarks/bench_prefill.py --seconds "$((seconds - 10))" \
     --output "$out/prefill.json" "${dry[@]}"
+bench kernels 100 --plot "$out/kernels.png" --parts nsa dense branches text "${peers[@]}"
 say "== all steps: $SECONDS s; tests that failed: ${failed[*]:-none}"
 ((${#failed[@]} == 0))

@@ -55,14 +55,14 @@ def union_statistics(indices: Tensor, tile: int = 18) -> dict:
 @contextlib.contextmanager
 def recording(tile: int = 18) -> Iterator[list[dict]]:
     """Collects `union_statistics` of every choice of blocks by the triton backend."""
-    from nsa_kernels import triton_choice
+    from nsa_kernels import triton_compression
 
-    found, choose = [], triton_choice.choose
+    found, choose = [], triton_compression.choose
 
     def observed(*args):
         indices = choose(*args)
         found.append(union_statistics(indices, tile))
         return indices
 
-    with mock.patch.object(triton_choice, "choose", observed):
+    with mock.patch.object(triton_compression, "choose", observed):
         yield found

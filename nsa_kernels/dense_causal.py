@@ -4,7 +4,7 @@ Where every token selects every block, selection is dense causal attention (trit
 scaled_dot_product_attention then brings kernels that were tuned for years, cuDNN's or FlashAttention's: which of the
 two is torch's own choice. Sequences of one length, a single one above all, are a batch of one such call. Others are
 not: the diagonal of its causal mask starts at the first key, and a call for each of many short sequences is bound by
-launches. They stay with triton_window.py, one launch for any lengths, with queries at the end of their keys.
+launches. They stay with triton_rows.py, one launch for any lengths, with queries at the end of their keys.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
     o[t,h] = softmax attention of q[t,h] over keys 0 .. position of t, with key/value head h // group_size
 
-Through torch's own kernels, here, or through triton_text.py. The heads of a group become rows of one matrix, so that
+Through torch's own kernels, here, or through triton_rows.py. The heads of a group become rows of one matrix, so that
 torch needs no copy of every key for each head of its group, and rows go in chunks, so that the mask stays small
 whatever the prompt's length.
 """
@@ -52,10 +52,10 @@ def text_rows_attention(
         )
     scale = utils.resolve_scale(softmax_scale, q.shape[2])
     if utils.resolve_backend(backend, q.device) == "triton":
-        from . import triton_text
+        from . import triton_rows
 
-        if not triton_text.torch_is_as_good(num_rows, num_keys):
-            return triton_text.text_rows_attention(q, k, v, scale, positions)
+        if not triton_rows.torch_is_as_good(num_rows, num_keys):
+            return triton_rows.text_rows_attention(q, k, v, scale, positions)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, head_dim]
     if num_rows == num_keys:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch  # noqa: E402
 from triton_testing import DEVICE  # noqa: E402
 
-from nsa_kernels import attention, triton_text, utils  # noqa: E402
+from nsa_kernels import attention, triton_rows, utils  # noqa: E402
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
         gates = [leaf(83, heads[0]).detach().sigmoid().requires_grad_() for _ in range(3)]
         attention.nsa_attention(q, k, v, *gates, lengths, **settings).sum().backward()
         positions = torch.tensor([2, 3, 60, 123], device=DEVICE)
-        triton_text.text_rows_attention(q[:4], k, v, positions=positions).sum().backward()
+        triton_rows.text_rows_attention(q[:4], k, v, positions=positions).sum().backward()
         for tensor in (q, k, v, *gates):
             if not tensor.grad.isfinite().all():
                 raise SystemExit("a gradient is not finite")

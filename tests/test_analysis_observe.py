@@ -488,7 +488,7 @@ def test_tiles_are_the_kernels():
 
     for group_size in (1, 2, 7, 16, 200):
         q = torch.empty(1, group_size, 128, dtype=torch.bfloat16)
-        assert selected_blocks.tile_tokens(group_size) == triton_selection.walk_config(q, group_size, 64)["TOKENS"]
+        assert selected_blocks.tile_tokens(group_size) == triton_selection.tile_config(q, group_size, 64)["TOKENS"]
 
 
 @pytest.fixture(scope="module")

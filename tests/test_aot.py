@@ -57,7 +57,7 @@ import sys
 sys.path.insert(0, "{tools}")
 import aot_report
 import torch
-from nsa_kernels import triton_attention, triton_text, utils
+from nsa_kernels import triton_attention, triton_rows, utils
 
 
 def launches(lengths, keys, text_rows):
@@ -69,14 +69,29 @@ def launches(lengths, keys, text_rows):
         context = aot_report.FakeContext()
         triton_attention._NSAFunction.forward(context, q, k, v, *gates, None, lengths, 64, 32, 256, 0.1)
         triton_attention._NSAFunction.backward(context, q)
-        o, lse = triton_text.text_rows_fwd(q[:text_rows], k, v, 0.1)
-        triton_text.text_rows_bwd(q[:text_rows], k, v, o, lse, o, 0.1)
+        o, lse = triton_rows.text_rows_fwd(q[:text_rows], k, v, 0.1)
+        triton_rows.text_rows_bwd(q[:text_rows], k, v, o, lse, o, 0.1)
     return set(recorder.launches)
 
 
 first = launches([5001], [5001], 100)
 for other in (([8000], [8000], 96), ([4096], [8192], 128), ([3, 6000, 37, 4096], [70, 6000, 37, 8000], 1001)):
     print(sorted(launch.kernel for launch in launches(*other) - first))
+"""
+
+
+CHOICE = """
+import sys
+
+sys.path.insert(0, "{tools}")
+import aot_report
+import json
+
+(shape,) = [shape for shape in aot_report.SHAPES if shape.name == "7B"]
+with aot_report.Recorder().recording() as recorder:
+    aot_report.run_shape(shape)
+(launch,) = {{launch for launch in recorder.launches if launch.kernel == "_choose_blocks_kernel"}}
+print(json.dumps(aot_report.compile_launch(launch, 90)["loops"]))
 """
 
 
@@ -92,13 +107,46 @@ def run(*command, timeout=1200):
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param("80", marks=pytest.mark.slow), "90", pytest.param("100", marks=pytest.mark.slow)]
+    "target", ["90", *(pytest.param(target, marks=pytest.mark.slow) for target in ("80", "89", "100", "120"))]
 )
 def test_kernels_compile_without_spills(target):
     """At the shapes of a 7B model; `make aot` goes through all others. A target takes a minute and more."""
     result = run(TOOL, "--shapes", "7B", "7B, 1K", "--targets", target, "--output", "")
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert f"## sm_{target}" in result.stdout and result.stdout.endswith("0 failures\n")
+
+
+def test_ranking_waits_for_other_warps_no_more_than_once_in_four_steps(tmp_path):
+    """Of the loops of block choice: a row lies in one warp, with whichever Triton. Multiplication has barriers."""
+    script = tmp_path / "choice.py"
+    script.write_text(CHOICE.format(tools=TOOL.parent))
+    result = run(script)
+    assert result.returncode == 0, result.stderr[-3000:]
+    loops = json.loads(result.stdout.splitlines()[-1])
+    bisections = [loop for loop in loops if not loop[2]][:3]
+    # Four steps over 64 scores of each thread, a comparison and an addition each, and one decision to go on.
+    assert len(bisections) == 3 and all(instructions > 4 * 64 * 2 for instructions, *_ in bisections)
+    assert all(barriers <= 3 for _, barriers, *_ in bisections)
+
+
+def test_machine_code_is_counted(monkeypatch):
+    """Of a loop with a branch in it, in the notation of cuobjdump."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the import below removes it, the end of the test brings it back
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    import aot_report
+
+    lines = (
+        "MOV R1, R2", "BAR.SYNC 0x0", "@P0 BRA 0x0050", "FADD R1, R1, R2", "LDL R3, [R1]", "HGMMA.64x64 R1",
+        "@!P1 BRA 0x0010", "EXIT", "BRA 0x0080", "NOP",
+    )  # fmt: skip
+    code = "\n".join(f"        /*{16 * i:04x}*/                   {line} ;" for i, line in enumerate(lines))
+    assert aot_report.read_code(code) == {
+        "instructions": 8,
+        "barriers": 1,
+        "local_loads": 1,
+        "local_stores": 0,
+        "loops": [[6, 1, 1, 4]],
+    }
 
 
 def test_a_spill_is_found_and_arguments_are_specialised(tmp_path):
@@ -128,7 +176,7 @@ def test_the_committed_table_lists_every_kernel():
     for path in (ROOT / "nsa_kernels").glob("triton_*.py"):
         functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
-    for target in (80, 90, 100):
+    for target in (80, 89, 90, 100, 120):
         assert {r["kernel"] for r in report["results"] if r["target"] == target} == kernels
     spilling = [r for r in report["results"] if r["target"] == 90 and ("error" in r or r["stack"] or r["local_loads"])]
     assert not spilling

@@ -68,8 +68,10 @@ def test_selection_through_torch_is_as_good_as_plain_code(case, dtype, gates_dty
     from nsa_kernels import triton_attention
 
     windows = []
-    window_fwd = triton_attention.triton_window.window_fwd
-    monkeypatch.setattr(triton_attention.triton_window, "window_fwd", lambda *x: windows.append(x[4]) or window_fwd(*x))
+    window_fwd = triton_attention.triton_rows._window
+    monkeypatch.setattr(
+        triton_attention.triton_rows, "_window", lambda *x, **y: windows.append(x[4]) or window_fwd(*x, **y)
+    )
 
     def plain(*inputs):
         return reference.nsa_attention_ref(*inputs, case.lengths, **case.nsa, softmax_scale=case.scale)

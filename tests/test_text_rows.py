@@ -62,10 +62,10 @@ def test_more_rows_than_keys():
 
 
 def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
-    triton_text = pytest.importorskip("nsa_kernels.triton_text")
+    triton_rows = pytest.importorskip("nsa_kernels.triton_rows")
     monkeypatch.setattr(utils, "resolve_backend", lambda name, device: name)
     calls = []
-    monkeypatch.setattr(triton_text, "text_rows_attention", lambda *args: calls.append(args) or "o")
+    monkeypatch.setattr(triton_rows, "text_rows_attention", lambda *args: calls.append(args) or "o")
     q, k = torch.randn(3, 2, 4), torch.randn(5000, 2, 4)
     assert text_rows.text_rows_attention(q, k, k, backend="triton") == "o"
     assert calls == [(q, k, k, 0.5, None)]

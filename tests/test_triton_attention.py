@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -167,7 +169,7 @@ def test_lengths_may_be_strided():
 
 
 def test_launches_are_on_the_device_of_the_inputs(monkeypatch):
-    from nsa_kernels import triton_text, triton_tiles
+    from nsa_kernels import triton_rows, triton_tiles
 
     entered = []
     monkeypatch.setattr(
@@ -176,7 +178,7 @@ def test_launches_are_on_the_device_of_the_inputs(monkeypatch):
     inputs = on_device([*SMALL.qkv(torch.float32), *SMALL.gates(torch.float32)])
     attend(SMALL)(*inputs)
     assert entered == [inputs[0].device]
-    triton_text.text_rows_attention(inputs[0][:2], *inputs[1:3])
+    triton_rows.text_rows_attention(inputs[0][:2], *inputs[1:3])
     assert entered == [inputs[0].device] * 2
 
 
@@ -243,6 +245,59 @@ def test_what_the_kernels_do_not_support(changes, match):
         attention.nsa_attention(
             *on_device([*case.qkv(dtype), *case.gates(dtype)]), lengths, **case.nsa, backend="triton"
         )
+
+
+def test_gpus_that_the_kernels_do_not_run_on(monkeypatch):
+    from nsa_kernels import triton_tiles
+
+    q = SimpleNamespace(
+        dtype=torch.float16, shape=(3, 2, 32), is_cuda=True, device=torch.device("cuda")
+    )  # fmt: skip
+    properties = SimpleNamespace(major=8, minor=0, name="a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    triton_tiles.check_supported(q)
+    properties.major, properties.minor = 7, 5
+    with pytest.raises(
+        ValueError, match=r"needs compute capability 8.0 or later, got 7.5 \(a GPU\): use backend='torch'"
+    ):
+        triton_tiles.check_supported(q)
+    monkeypatch.setattr(torch.version, "hip", "6.2")
+    with pytest.raises(ValueError, match="is for NVIDIA GPUs, got a build of torch for ROCm"):
+        triton_tiles.check_supported(q)
+
+
+def test_helpers_of_the_host_agree_with_tritons():
+    import triton
+
+    from nsa_kernels import triton_tiles
+
+    for n in (1, 2, 3, 16, 17, 2**20, 2**20 + 1):
+        assert triton_tiles.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert all(triton_tiles.cdiv(n, m) == triton.cdiv(n, m) for m in (1, 3, 64))
+    assert triton_tiles.next_power_of_2(0) == 1 and triton_tiles.cdiv(0, 64) == 0
+
+
+def test_launches_fuse_multiplications_and_skip_empty_grids():
+    from nsa_kernels import triton_tiles
+
+    kernel = mock.MagicMock()
+    triton_tiles.launch(kernel, [2, 3], x=1)
+    kernel.__getitem__.assert_called_once_with((2, 3))
+    kernel.__getitem__.return_value.assert_called_once_with(x=1, enable_fp_fusion=True)
+    triton_tiles.launch(kernel, [2, 0], x=1)
+    kernel.__getitem__.assert_called_once()
+
+
+def test_the_lists_of_blocks_are_kept_for_backward(monkeypatch):
+    """Backward of eager code does not merge them again; that of an operator gets the indices alone."""
+    from nsa_kernels import triton_selection
+
+    listed, list_blocks = [], triton_selection.list_blocks
+    monkeypatch.setattr(
+        triton_selection, "list_blocks", lambda *args, **kwargs: listed.append(kwargs) or list_blocks(*args, **kwargs)
+    )
+    with_gradients(attend(SMALL), on_device([*SMALL.qkv(torch.float32), *SMALL.gates(torch.float32)]))
+    assert listed == [{"is_sorted": True}]
 
 
 def test_triton_needs_a_cuda_device(monkeypatch):

@@ -9,7 +9,7 @@ from nsa_kernels import compression, reference, topk, utils
 
 pytestmark = needs_triton
 triton_compression = pytest.importorskip("nsa_kernels.triton_compression")
-triton_choice = pytest.importorskip("nsa_kernels.triton_choice")
+triton_tiles = pytest.importorskip("nsa_kernels.triton_tiles")
 
 CASES = [
     Case((50, 20), (50, 61), heads=(14, 2), head_dim=32, block_size=8, block_counts=3),
@@ -33,9 +33,9 @@ def results(case: Case, dtype: torch.dtype) -> tuple[list[torch.Tensor], torch.T
         o, lse, indices = triton_compression.compress_and_choose(
             q, k, v, lengths, case.block_size, case.block_counts, case.scale
         )
-        delta = (o.float() * do.float()).sum(-1)
+        lse_delta = triton_tiles.lse_and_delta(lse, (o.float() * do.float()).sum(-1))
         gradients = triton_compression.compression_bwd(
-            q, k, v, lse, do, delta, lengths, case.block_size, case.scale
+            q, k, v, lse_delta, do, lengths, case.block_size, case.scale
         )  # fmt: skip
     assert gradients[0].dtype == dtype and {x.dtype for x in [*gradients[1:], lse]} == {torch.float32}
     return on_cpu([o, *gradients]), lse.cpu(), indices.cpu()
@@ -154,7 +154,8 @@ def test_large_scores_stay_finite():
     position = torch.cat([torch.arange(9), torch.arange(45, 61)])
     assert torch.equal(indices.amax(-1).cpu(), (position // 8)[:, None].expand(-1, 2).int())
     assert ((indices[..., 1:] > indices[..., :-1]) | (indices[..., 1:] == -1)).all()
-    gradients = triton_compression.compression_bwd(q * 60, k * 60, v, lse, o, (o * o).sum(-1), lengths, 8, case.scale)
+    lse_delta = triton_tiles.lse_and_delta(lse, (o * o).sum(-1))
+    gradients = triton_compression.compression_bwd(q * 60, k * 60, v, lse_delta, o, lengths, 8, case.scale)
     assert all(x.isfinite().all() for x in [o, *gradients]) and not lse.isnan().any()
 
 
@@ -181,6 +182,6 @@ def test_memory_of_partial_sums_is_linear_in_tokens():
 
 
 def test_scratch_does_not_grow_with_tiles():
-    small, large = (triton_choice.choice_config(torch.bfloat16, 7, 128, n, 32) for n in (512, 2048))
+    small, large = (triton_compression.choice_config(torch.bfloat16, 7, 128, n, 32) for n in (512, 2048))
     assert small["TOKENS"] == large["TOKENS"] == 16
     assert (small["NUM_BLOCKS_PAD"], large["NUM_BLOCKS_PAD"]) == (512, 2048)

@@ -43,13 +43,14 @@ def random_blocks(case: Case, seed: int = 3) -> torch.Tensor:
 
 def run(case: Case, inputs: list[torch.Tensor], indices: torch.Tensor, do: torch.Tensor) -> list[torch.Tensor]:
     """[o, lse, dq, dk, dv] of the kernels."""
-    from nsa_kernels import triton_selection
+    from nsa_kernels import triton_selection, triton_tiles
 
     q, k, v = inputs
     args = lengths_on_device(case), case.block_size, case.scale
-    o, lse = triton_selection.selection_fwd(q, k, v, indices, *args)
-    delta = (o.float() * do.float()).sum(-1)
-    return [o, lse, *triton_selection.selection_bwd(q, k, v, indices, lse, do, delta, *args)]
+    lists = triton_selection.list_blocks(indices, q, *args[:2], is_sorted=False)
+    o, lse = triton_selection.selection_fwd(q, k, v, lists, *args)
+    lse_delta = triton_tiles.lse_and_delta(lse, (o.float() * do.float()).sum(-1))
+    return [o, lse, *triton_selection.selection_bwd(q, k, v, lists, lse_delta, do, *args)]
 
 
 def run_on_device(case: Case, inputs: list[torch.Tensor], indices: torch.Tensor, do: torch.Tensor):
@@ -138,16 +139,79 @@ def test_tokens_that_agree_on_nothing():
     check_float32(case, indices)
 
 
-def test_heads_may_take_several_passes():
-    from nsa_kernels import triton_selection_dkv
+def test_tiles_may_be_counted_in_any_number_of_chunks():
+    """Tokens of a block come in order, whatever programs count them; and so many tiles that they walk several."""
+    from nsa_kernels import triton_selection
 
-    case = Case((40,), heads=(6, 3), head_dim=32, block_size=16, block_counts=2)
+    case = Case((40, 30), heads=(28, 2), head_dim=32, block_size=16, block_counts=2)  # nine tokens in a tile
     inputs, do = case.qkv(torch.float32), random_do(case, torch.float32)
-    one_pass = run_on_device(case, inputs, random_blocks(case), do)
-    for pairs in (1, 2 * 40 * 2):  # one head at a time; two and one
-        with mock.patch.object(triton_selection_dkv, "_MAX_SORTED_PAIRS", pairs), PoisonedEmpty():
-            passes = run_on_device(case, inputs, random_blocks(case), do)
-        assert all(torch.equal(a, b) for a, b in zip(one_pass, passes, strict=True))
+    usual = run_on_device(case, inputs, random_blocks(case), do)
+    for chunks in (1, 2, 3):
+        with mock.patch.object(triton_selection, "_MAX_CHUNKS", chunks), PoisonedEmpty():
+            others = run_on_device(case, inputs, random_blocks(case), do)
+        assert all(torch.equal(a, b) for a, b in zip(usual, others, strict=True))
+
+
+def test_every_block_gets_its_tokens_in_order():
+    from nsa_kernels import triton_selection
+
+    case = Case((50, 20), (50, 41), heads=(12, 2), head_dim=32, block_size=8, block_counts=4)
+    indices, lengths = random_blocks(case), lengths_on_device(case)
+    q = case.qkv(torch.float32)[0].to(DEVICE)
+    lists = triton_selection.list_blocks(indices.to(DEVICE), q, lengths, 8, is_sorted=False)
+    num_slots = 91 // 8 + 2
+    tokens = triton_selection.tile_config(q, 6, 8)["TOKENS"]
+    found, starts = on_cpu(triton_selection._tokens_of_blocks(lists, lengths, 8, tokens, num_slots))
+    for head in range(2):
+        for sequence, span in enumerate(case.lengths.spans()):
+            for block in range(-(-span.num_keys // 8)):
+                number = head * num_slots + span.k_start // 8 + sequence + block
+                listed = [
+                    token
+                    for token in range(span.q_start, span.q_end)
+                    if block in indices[token, head].tolist() and block * 8 <= span.first + token - span.q_start
+                ]
+                assert found[starts[number] : starts[number + 1]].tolist() == listed
+
+
+def test_two_blocks_a_step_change_nothing_but_rounding():
+    from nsa_kernels import triton_selection, triton_tiles
+
+    case = Case((67, 9), (67, 40), heads=(7, 1), head_dim=32, block_size=16, block_counts=3)
+    inputs = case.qkv(torch.float16)
+    do, indices = random_do(case, torch.float16), random_blocks(case)
+    truth = expected(case, inputs, indices, torch.float64)
+    outputs = []
+    for span in (1, 2):
+        with mock.patch.object(triton_tiles, "tuning", triton_tiles.Tuning(selection_span=span)), PoisonedEmpty():
+            assert triton_selection.forward_config(inputs[0], 7, 16)["SPAN"] == span
+            outputs.append(run_on_device(case, inputs, indices, do)[:2])
+    assert_close_to_truth([outputs[1][0]], [outputs[0][0]], [truth[0]])
+    torch.testing.assert_close(outputs[1][1].double(), truth[1], rtol=0, atol=2e-5)
+
+
+def test_lists_of_ascending_blocks_need_no_sorting():
+    from nsa_kernels import triton_selection
+
+    case = Case((50, 20), (50, 41), heads=(6, 2), head_dim=32, block_size=8, block_counts=4)
+    q, k, _ = on_device(case.qkv(torch.float32))
+    lengths = lengths_on_device(case)
+    indices = topk.select_blocks(q, k, lengths, block_size=8, block_counts=4, backend="torch")
+    as_they_are, sorted_first = (
+        triton_selection.list_blocks(indices, q, lengths, 8, is_sorted=is_sorted) for is_sorted in (True, False)
+    )
+    tokens = triton_selection.tile_config(q, 3, 8)["TOKENS"]
+    # What lies between the tiles of two sequences, and after the union of a tile, is not written.
+    for start, first_tile, num_tokens in ((0, 0, 50), (50, 50 // tokens + 1, 20)):
+        for tile in range(-(-num_tokens // tokens)):
+            assert torch.equal(as_they_are.counts[first_tile + tile], sorted_first.counts[first_tile + tile])
+            for head in range(2):
+                size = min(tokens, num_tokens - tile * tokens)
+                begin = ((start + tile * tokens) * 2 + head * size) * 4
+                count = as_they_are.counts[first_tile + tile, head, 0]
+                assert count > 0
+                for a, b in zip(as_they_are[:2], sorted_first[:2], strict=True):
+                    assert torch.equal(a.flatten()[begin : begin + count], b.flatten()[begin : begin + count])
 
 
 def test_the_order_of_a_tokens_blocks_does_not_matter():
@@ -226,10 +290,9 @@ def test_scale_may_be_any_number(scale):
 
 def test_memory_is_linear_in_tokens():
     """Twice the tokens, twice the memory; and no more than a few copies of the gradients. No kernel runs."""
-    from nsa_kernels import triton_selection, triton_selection_dkv
+    from nsa_kernels import triton_selection
 
-    modules = (triton_selection, triton_selection_dkv)
-    kernels = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
+    kernels = [(triton_selection, name) for name in vars(triton_selection) if name.endswith("_kernel")]
     assert len(kernels) == 6
     live = []
     for tokens in (4096, 8192):

@@ -2,6 +2,8 @@
 
     python tools/aot_report.py                                       # all: docs/aot.md, benchmarks/results/aot.json
     python tools/aot_report.py --shapes 7B --targets 90 --output ""  # a part of it, on the terminal alone
+    python tools/aot_report.py --note after                          # what docs/aot.md compares, with this Triton
+    python tools/aot_report.py --note "two blocks" --tuning selection_span=2
 
 The launches are not listed here. Each branch's own entry points run on fake CUDA tensors, which have shapes but no
 memory, and every launch they would make is recorded instead: constexprs, warps, stages and argument types are those of
@@ -16,6 +18,7 @@ does not compile, or needs more shared memory than a block can have.
 import argparse
 import concurrent.futures
 import contextlib
+import dataclasses
 import importlib
 import json
 import multiprocessing
@@ -42,11 +45,19 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from nsa_kernels import triton_attention, triton_text, utils  # noqa: E402
+from nsa_kernels import triton_attention, triton_rows, triton_tiles, utils  # noqa: E402
 
-# Compute capability -> shared memory that one block can have, and that a multiprocessor has, in bytes. 8.6 and 8.9 run
-# the code of 8.0 with less than it has, so kernels for it must do with theirs.
-SHARED_MEMORY = {80: (99 * 1024, 164 * 1024), 90: (227 * 1024, 228 * 1024), 100: (227 * 1024, 228 * 1024)}
+# Compute capability -> shared memory that one block can have, and that a multiprocessor has, in bytes. 8.6 runs the
+# code of 8.0 with less than it has, so kernels for it must do with that.
+SHARED_MEMORY = {
+    80: (99 * 1024, 164 * 1024),
+    89: (99 * 1024, 100 * 1024),
+    90: (227 * 1024, 228 * 1024),
+    100: (227 * 1024, 228 * 1024),
+    120: (99 * 1024, 100 * 1024),
+}
+# What `--note` has written: label -> version of Triton -> readings.
+NOTES = ROOT / "benchmarks" / "results" / "aot_notes.json"
 # No kernel may touch local memory here. The other targets are compiled at the shapes of a 7B model alone.
 STRICT_TARGETS = (90,)
 
@@ -215,8 +226,8 @@ def run_shape(shape: Shape) -> None:
     for count in shape.text_rows:
         for positions in (None, torch.empty(count, dtype=torch.int64, device="cuda")):
             text_q, text_do = rows(count, num_heads), rows(count, num_heads)
-            o, lse = triton_text.text_rows_fwd(text_q, k, v, scale, positions)
-            triton_text.text_rows_bwd(text_q, k, v, o, lse, text_do, scale, positions)
+            o, lse = triton_rows.text_rows_fwd(text_q, k, v, scale, positions)
+            triton_rows.text_rows_bwd(text_q, k, v, o, lse, text_do, scale, positions)
 
 
 def record(shapes: list[Shape], target: int) -> dict[Launch, list[str]]:
@@ -259,8 +270,64 @@ def compile_launch(launch: Launch, target: int) -> dict:
     return result
 
 
+def read_code(code: str) -> dict:
+    """What the disassembled machine code of a kernel consists of.
+
+    Returns:
+        instructions, barriers, local_loads, local_stores: of all of it.
+        loops: [instructions, barriers, matrix instructions, instructions of the shortest way through it] of every loop
+            that holds no other loop, the longest first. Barriers are those of a whole block, which its warps wait at
+            for each other. The shortest way takes every branch that skips something, a mask that is not needed, say.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
+    places = {int(address, 16): i for i, (address, *_) in enumerate(found)}
+    names = [name for _, _, name, _ in found]
+    # What follows the last exit is padding, and a jump to itself.
+    end = max((i for i, name in enumerate(names) if name == "EXIT"), default=len(names) - 1) + 1
+
+    def count(first, last, pattern):
+        return sum(re.match(pattern, name) is not None for name in names[first:last])
+
+    # Instruction -> where it may jump to, and whether it does so always.
+    jumps = {}
+    for i, (_, predicate, name, operands) in enumerate(found[:end]):
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if name.startswith("BRA") and target:
+            jumps[i] = places.get(int(target.group(1), 16), end), not predicate
+    backward = [(target, i + 1) for i, (target, _) in jumps.items() if target <= i]
+
+    def shortest(first, last):
+        steps = {last: 0}
+        for i in reversed(range(first, last)):
+            target, always = jumps.get(i, (i + 1, False))
+            ways = [steps[j] for j in ([target] if always else [i + 1, target]) if j in steps and j > i]
+            if i == last - 1 or target == first:
+                ways.append(0)
+            if ways:
+                steps[i] = 1 + min(ways)
+        return steps.get(first, last - first)  # there is none where every way leaves the loop
+
+    loops = [
+        [
+            last - first,
+            count(first, last, r"BAR\b"),
+            count(first, last, r"\w*(GMMA|HMMA|UTC\w*MMA)\b"),
+            shortest(first, last),
+        ]
+        for first, last in backward
+        if not any((a, b) != (first, last) and first <= a and b <= last for a, b in backward)
+    ]
+    return {
+        "instructions": end,
+        "barriers": count(0, end, r"BAR\b"),
+        "local_loads": count(0, end, r"LDL\b"),
+        "local_stores": count(0, end, r"STL\b"),
+        "loops": sorted(loops, reverse=True),
+    }
+
+
 def read_resources(compiled) -> dict:
-    """Registers and stack of the machine code, local memory accesses where there is a stack, matrix instructions."""
+    """Registers and stack of the machine code, what it consists of, and its matrix instructions."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -271,15 +338,13 @@ def read_resources(compiled) -> dict:
 
         usage = dump("--dump-resource-usage")
         read = lambda key: int(re.search(rf"\b{key}:(\d+)", usage).group(1))  # noqa: E731
-        # Disassembling takes longer than compiling, and without a stack there is nothing to look for.
-        code = dump("--dump-sass") if read("STACK") or read("LOCAL") else ""
+        code = read_code(dump("--dump-sass"))
     matrix = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"\bmma\.sync", "tcgen05": r"tcgen05\.mma"}
     counts = {kind: len(re.findall(pattern, compiled.asm["ptx"])) for kind, pattern in matrix.items()}
     return {
         "registers": read("REG"),
         "stack": read("STACK") + read("LOCAL"),
-        "local_loads": len(re.findall(r"\bLDL\b", code)),
-        "local_stores": len(re.findall(r"\bSTL\b", code)),
+        **code,
         "matrix_instructions": {kind: count for kind, count in counts.items() if count},
     }
 
@@ -313,6 +378,69 @@ def merged(results: list[dict], target: int) -> list[dict]:
     return list(rows.values())
 
 
+def note(label: str, jobs: int, tuning: dict[str, int]) -> None:
+    """Keep what kernels take at the 7B shape on sm_90, under a label, for the comparison in the table.
+
+    Args:
+        tuning: values of `triton_tiles.tuning` that are not the usual ones; then only kernels that they change.
+    """
+    shapes = [shape for shape in SHAPES if shape.name == "7B"]
+    launches = record(shapes, 90)
+    if tuning:
+        with mock.patch.object(triton_tiles, "tuning", dataclasses.replace(triton_tiles.tuning, **tuning)):
+            launches = record(shapes, 90).keys() - launches.keys()
+    results = compile_all(list(launches), [90] * len(launches), jobs)
+    names = "kernel", "instructions", "barriers", "registers", "stack", "shared", "loops"
+    readings = [{name: result[name] for name in names} for result in results]
+    notes = json.loads(NOTES.read_text()) if NOTES.exists() else {}
+    notes.setdefault(label, {})[triton.__version__] = sorted(readings, key=lambda reading: reading["kernel"])
+    NOTES.write_text(json.dumps(notes) + "\n")
+
+
+def setting(text: str) -> tuple[str, int]:
+    """``name=2``, of an argument, as a name and a number."""
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
+def compile_all(launches: list[Launch], targets: list[int], jobs: int) -> list[dict]:
+    """`compile_launch` of each, in so many processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        return list(pool.map(compile_launch, launches, targets))
+
+
+def comparison() -> list[str]:
+    """The lines of the table of what `--note` has kept."""
+    if not NOTES.exists():
+        return []
+    notes = json.loads(NOTES.read_text())
+    lines = [
+        "## Before and after",
+        "",
+        "The 7B shape on sm_90, with the labels and versions of Triton under which `python tools/aot_report.py --note",
+        "LABEL` was run; labels other than before and after are of `--tuning`, and have the kernels that it changes. A",
+        "step is one pass through the innermost loop with the most matrix instructions, or the longest: its",
+        "instructions, those of the shortest way through it (without masks that are skipped), and its barriers. What",
+        "is launched in several forms has several rows.",
+        "",
+        "| kernel | label | Triton | instructions | barriers | step | shortest | barriers | registers | stack B "
+        "| shared B |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = []
+    for label, versions in notes.items():
+        for version, readings in versions.items():
+            for r in readings:
+                step = max(r["loops"], key=lambda loop: (loop[2], loop[0]), default=["", "", "", ""])
+                row = [f"`{r['kernel']}`", label, version, r["instructions"], r["barriers"], step[0], step[3], step[1]]
+                rows.append([*row, r["registers"], r["stack"], r["shared"]])
+    # The same kernel with the same Triton side by side.
+    order = list(notes)
+    rows.sort(key=lambda row: (row[0], row[2], order.index(row[1])))
+    return [*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows), ""]
+
+
 def to_markdown(results: list[dict], command: str) -> str:
     lines = [
         "# What each Triton kernel takes from a multiprocessor",
@@ -332,20 +460,20 @@ def to_markdown(results: list[dict], command: str) -> str:
             f"## sm_{target}",
             "",
             "| kernel | shapes | warps | stages | registers | stack B | local ld / st | shared B | blocks per SM "
-            "| matrix instructions |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| matrix instructions | instructions | barriers |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for r in merged(results, target):
             row = [f"`{r['kernel']}`", "; ".join(r["shapes"]), r["num_warps"], r.get("num_stages", "default")]
             if "error" in r:
-                row += ["does not compile", *[""] * 5]
+                row += ["does not compile", *[""] * 7]
             else:
                 matrix = ", ".join(f"{kind} {n}" for kind, n in r["matrix_instructions"].items()) or "none"
                 row += [r["registers"], r["stack"], f"{r['local_loads']} / {r['local_stores']}", r["shared"]]
-                row += [r["blocks_per_sm"], matrix]
+                row += [r["blocks_per_sm"], matrix, r["instructions"], r["barriers"]]
             lines.append("| " + " | ".join(map(str, row)) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *comparison()])
 
 
 def main() -> int:
@@ -355,7 +483,14 @@ def main() -> int:
     parser.add_argument("--output", default="benchmarks/results/aot.json", help="JSON file; empty for none")
     parser.add_argument("--markdown", default="docs/aot.md", help="table to write; only together with --output")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--note", metavar="LABEL", help="keep the readings that docs/aot.md compares, nothing else")
+    parser.add_argument(
+        "--tuning", nargs="+", type=setting, default=[], help="for --note: name=2, of triton_tiles.Tuning"
+    )
     args = parser.parse_args()
+    if args.note:
+        note(args.note, args.jobs, dict(args.tuning))
+        return 0
 
     work, shapes_of = [], []
     for target in args.targets:
@@ -365,9 +500,7 @@ def main() -> int:
                 work.append((launch, target))
                 shapes_of.append(names)
     print(f"{len(work)} launches of {len({launch.kernel for launch, _ in work})} kernels to compile", flush=True)
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-        results = list(pool.map(compile_launch, *zip(*work, strict=True)))
+    results = compile_all(*map(list, zip(*work, strict=True)), args.jobs)
     for result, names in zip(results, shapes_of, strict=True):
         result["shapes"] = names
     results.sort(key=lambda r: (r["target"], r["kernel"]))

@@ -23,13 +23,13 @@ CASES = [
 
 def run(case: Case, inputs: list[torch.Tensor], do: torch.Tensor) -> list[torch.Tensor]:
     """[o, lse, dq, dk, dv] of the kernels."""
-    from nsa_kernels import triton_window
+    from nsa_kernels import triton_rows, triton_tiles
 
     q, k, v = inputs
     args = lengths_on_device(case), case.window_size, case.scale
-    o, lse = triton_window.window_fwd(q, k, v, *args)
-    delta = (o.float() * do.float()).sum(-1)
-    return [o, lse, *triton_window.window_bwd(q, k, v, lse, do, delta, *args)]
+    o, lse = triton_rows.window_fwd(q, k, v, *args)
+    lse_delta = triton_tiles.lse_and_delta(lse, (o.float() * do.float()).sum(-1))
+    return [o, lse, *triton_rows.window_bwd(q, k, v, lse_delta, do, *args)]
 
 
 def expected(case: Case, inputs: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ from nsa_cases import PoisonedEmpty, assert_close_to_truth, with_gradients
 from triton_testing import DEVICE, DTYPES, needs_triton
 
 pytestmark = needs_triton
-triton_text = pytest.importorskip("nsa_kernels.triton_text")
+triton_rows = pytest.importorskip("nsa_kernels.triton_rows")
 
 
 def dense(q, k, v, softmax_scale, positions=None):
@@ -34,7 +34,7 @@ def run_all(qkv, softmax_scale, positions=None):
         return [x.cpu() for x in with_gradients(lambda *a: function(*a, softmax_scale, positions), tensors)]
 
     dtype = qkv[0].dtype
-    return results(triton_text.text_rows_attention, dtype), results(dense, dtype), results(dense, torch.float64)
+    return results(triton_rows.text_rows_attention, dtype), results(dense, dtype), results(dense, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,14 +77,14 @@ def test_positions_of_consecutive_rows_change_nothing():
     qkv = inputs(9, 100, (10, 2), 32, torch.float32)
     positions = torch.arange(91, 100, device=DEVICE, dtype=torch.int32)
     assert torch.equal(
-        triton_text.text_rows_attention(*qkv), triton_text.text_rows_attention(*qkv, positions=positions)
+        triton_rows.text_rows_attention(*qkv), triton_rows.text_rows_attention(*qkv, positions=positions)
     )
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 5, 40])
 def test_any_number_of_splits(splits, monkeypatch):
     """Shares of uneven size, and more shares than blocks of keys."""
-    monkeypatch.setattr(triton_text, "_splits", lambda *_: splits)
+    monkeypatch.setattr(triton_rows, "_splits", lambda *_: splits)
     out, _, truth = run_all(inputs(7, 190, (7, 1), 32, torch.float32), 32**-0.5)
     for actual, expected in zip(out, truth, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-5)
@@ -101,7 +101,7 @@ def test_large_scores_do_not_overflow():
     q, k, v = inputs(4, 100, (2, 1), 32, torch.float32)
     q, k = 60 * q, 60 * k
     expected = dense(q.double(), k.double(), v.double(), 1.0)
-    torch.testing.assert_close(triton_text.text_rows_attention(q, k, v, 1.0).double(), expected, rtol=0, atol=1e-2)
+    torch.testing.assert_close(triton_rows.text_rows_attention(q, k, v, 1.0).double(), expected, rtol=0, atol=1e-2)
 
 
 def test_layouts_of_the_model():
@@ -110,7 +110,7 @@ def test_layouts_of_the_model():
     q = torch.randn(14, 50, 32, generator=generator).to(DEVICE)[:, 20:30].transpose(0, 1)
     k, v = torch.randn(2, 2, 90, 64, generator=generator).to(DEVICE)[..., ::2][:, :, :80].transpose(1, 2)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    triton_text.text_rows_attention(*leaves).sum().backward()
+    triton_rows.text_rows_attention(*leaves).sum().backward()
     doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
     dense(*doubles, 32**-0.5).sum().backward()
     for leaf, double in zip(leaves, doubles, strict=True):
@@ -119,7 +119,7 @@ def test_layouts_of_the_model():
 
 def test_writes_every_element_and_repeats():
     qkv = inputs(9, 130, (7, 1), 32, torch.float32)
-    run = lambda: with_gradients(triton_text.text_rows_attention, qkv)  # noqa: E731
+    run = lambda: with_gradients(triton_rows.text_rows_attention, qkv)  # noqa: E731
     plain = run()
     with PoisonedEmpty():
         poisoned = run()
@@ -131,7 +131,7 @@ def test_writes_every_element_and_repeats():
     ("tiles", "keys", "programs"), [(4, 131072, 132), (116, 131072, 132), (1, 100, 264), (4000, 131072, 132), (1, 1, 1)]
 )
 def test_splits_fill_the_gpu(tiles, keys, programs):
-    splits = triton_text.num_splits(tiles, keys, programs)
+    splits = triton_rows.num_splits(tiles, keys, programs)
     assert 1 <= splits <= max(1, keys // 512)
     waves = -(-tiles * splits // programs)
     if keys // 512 * tiles >= programs:
@@ -141,24 +141,24 @@ def test_splits_fill_the_gpu(tiles, keys, programs):
 def test_positions_may_be_strided():
     qkv = inputs(3, 100, (4, 2), 32, torch.float32)
     positions = torch.tensor([[5, 0], [40, 0], [99, 0]], device=DEVICE)[:, 0]
-    expected = triton_text.text_rows_attention(*qkv, positions=positions.clone())
-    assert torch.equal(triton_text.text_rows_attention(*qkv, positions=positions), expected)
+    expected = triton_rows.text_rows_attention(*qkv, positions=positions.clone())
+    assert torch.equal(triton_rows.text_rows_attention(*qkv, positions=positions), expected)
 
 
 def test_refuses_what_it_cannot_do():
     q, k, v = inputs(3, 10, (2, 1), 32, torch.float32)
     with pytest.raises(ValueError, match="float64"):
-        triton_text.text_rows_attention(q.double(), k.double(), v.double())
+        triton_rows.text_rows_attention(q.double(), k.double(), v.double())
     with pytest.raises(ValueError, match=r"3 queries .* only 2 keys"):
-        triton_text.text_rows_attention(q, k[:2], v[:2])
+        triton_rows.text_rows_attention(q, k[:2], v[:2])
     with pytest.raises(ValueError, match="head_dim must be at most 128 for backend='triton', got 160"):
-        triton_text.text_rows_attention(*inputs(3, 10, (2, 1), 160, torch.float32))
+        triton_rows.text_rows_attention(*inputs(3, 10, (2, 1), 160, torch.float32))
     with pytest.raises(ValueError, match=r"positions must be on .*, like q, got meta"):
-        triton_text.text_rows_attention(q, k, v, positions=torch.arange(3, device="meta"))
+        triton_rows.text_rows_attention(q, k, v, positions=torch.arange(3, device="meta"))
     with pytest.raises(ValueError, match="positions must be int32 or int64"):
-        triton_text.text_rows_attention(q, k, v, positions=torch.arange(2, device=DEVICE))
-    assert triton_text.text_rows_attention(q[:0], k, v).shape == (0, 2, 32)
+        triton_rows.text_rows_attention(q, k, v, positions=torch.arange(2, device=DEVICE))
+    assert triton_rows.text_rows_attention(q[:0], k, v).shape == (0, 2, 32)
 
 
 def test_torch_takes_square_runs_only():
-    assert triton_text.torch_is_as_good(20, 20) and not triton_text.torch_is_as_good(20, 21)
+    assert triton_rows.torch_is_as_good(20, 20) and not triton_rows.torch_is_as_good(20, 21)
