@@ -9,13 +9,10 @@ _KERNEL_FILES = """
 from .nsa_kernels/attention import *
 from .nsa_kernels/compression import *
 from .nsa_kernels/dense import *
-from .nsa_kernels/dense_causal import *
 from .nsa_kernels/operators import *
 from .nsa_kernels/reference import *
 from .nsa_kernels/selection import *
 from .nsa_kernels/sliding_window import *
-from .nsa_kernels/text_rows import *
-from .nsa_kernels/topk import *
 from .nsa_kernels/triton_attention import *
 from .nsa_kernels/triton_compression import *
 from .nsa_kernels/triton_gates import *

@@ -45,7 +45,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         wants_weights,
     )
 
-attention, operators, text_rows = map(kernel_module, ("attention", "operators", "text_rows"))
+attention, dense, operators = map(kernel_module, ("attention", "dense", "operators"))
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
@@ -96,7 +96,7 @@ def attend_text(query, key, value, implementation: str, scaling: float, backend:
     """
     if implementation == "sdpa":
         states = (states.transpose(0, 1) for states in (query, key, value))
-        return text_rows.text_rows_attention(*states, scaling, backend=backend)
+        return dense.text_rows_attention(*states, scaling, backend=backend)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if module is None:
         module = _LayerOfText(implementation, query.shape[0] // key.shape[0])

@@ -38,7 +38,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from routing_videonsa import check_sparse_call, first_columns, is_2d, refuse_export
 
 operators, utils = kernel_module("operators"), kernel_module("utils")
-selection, sliding_window, text_rows = map(kernel_module, ("selection", "sliding_window", "text_rows"))
+dense, selection, sliding_window = map(kernel_module, ("dense", "selection", "sliding_window"))
 
 NUM_HEADS, NUM_KV_HEADS = 28, 4
 _PADDED_HEADS = 64
@@ -428,13 +428,13 @@ def _bitonic_merge(values: Tensor, ids: Tensor, stage: int, descending: bool | N
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, softmax_scale: float, backend: str) -> Tensor:
     """Causal attention over all tokens, head h reading key/value head h // 7, with vision queries set to zero."""
     if not layout.has_vision:
-        return text_rows.text_rows_attention(q, k, v, softmax_scale, backend=backend)
+        return dense.text_rows_attention(q, k, v, softmax_scale, backend=backend)
     count = torch.arange(1, len(v) + 1, device=v.device)[:, None, None]
     mean = (v.to(utils.accumulate_dtype(v.dtype)).cumsum(0) / count).to(v.dtype)
     o = mean.repeat_interleave(NUM_HEADS // NUM_KV_HEADS, dim=1)
     rows = layout.text_positions
     if len(rows):
-        text = text_rows.text_rows_attention(q[rows], k, v, softmax_scale, positions=rows, backend=backend)
+        text = dense.text_rows_attention(q[rows], k, v, softmax_scale, positions=rows, backend=backend)
         o = o.index_copy(0, rows, text)
     return o
 

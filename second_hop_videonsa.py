@@ -2,7 +2,7 @@
 
 The queries of a video are not kept, so a moment is run through the decoder once more, over a view of the cache up to
 it: its frames are decoded and encoded again, and the reading's keys, theirs among them, are read and never written. The
-choice itself is that of `nsa_kernels/topk.py`, and its weights are the probabilities of `nsa_kernels/compression.py`.
+choice itself and its weights, which are probabilities, are those of `nsa_kernels/compression.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -165,7 +165,7 @@ def _choices(
 ) -> tuple[Tensor, Tensor]:
     """Of each block before that of the first token: how often it was chosen, and its mean weight (see `Block`)."""
     config = reading.model.config
-    topk, compression, utils = map(kernel_module, ("topk", "compression", "utils"))
+    compression, utils = kernel_module("compression"), kernel_module("utils")
     before = int((types[:start] != 0).sum()) // config.block_size
     chosen, weight = torch.zeros(2, before, dtype=torch.float64)
     for layer, query, gate, own in zip(
@@ -176,7 +176,7 @@ def _choices(
         q, k, *_, lengths = vision_inputs(query, keys, keys, gate, where)
         (span,) = lengths.spans()
         sizes = {"block_size": config.block_size, "softmax_scale": layer.self_attn.scaling}
-        indices = topk.select_blocks(
+        indices = compression.select_blocks(
             q, k, lengths, block_counts=config.block_counts, backend=config.nsa_backend, **sizes
         )
         for head in range(k.shape[1]):

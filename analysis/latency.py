@@ -36,7 +36,7 @@ from transformers.utils import cached_file
 from attention_budget_videonsa import attention_budget
 from benchmarks.published_sizes import PUBLISHED, published_config
 from benchmarks.timing import synchronize
-from nsa_kernels import attention, compression, selection, sliding_window, topk
+from nsa_kernels import attention, compression, selection, sliding_window
 from nsa_kernels.utils import SequenceLengths
 
 from .figure import BRANCH_COLOURS, measurement
@@ -153,13 +153,13 @@ def calls(shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -
     gates = torch.rand(3, tokens, shape.num_heads, device=device, generator=generator).to(dtype)
     lengths = SequenceLengths.from_lengths([tokens], device=device)
     size, counts, width = shape.sizes.values()
-    indices = topk.select_blocks(q, k, lengths, block_size=size, block_counts=counts)
+    indices = compression.select_blocks(q, k, lengths, block_size=size, block_counts=counts)
     # As transformers hands them over.
     dense = [x.transpose(0, 1)[None].contiguous() for x in (q, k, v)]
     attend = torch.nn.functional.scaled_dot_product_attention
     return {
         "compression": lambda: compression.compression_attention(q, k, v, lengths, block_size=size),
-        "block choice": lambda: topk.select_blocks(q, k, lengths, block_size=size, block_counts=counts),
+        "block choice": lambda: compression.select_blocks(q, k, lengths, block_size=size, block_counts=counts),
         "selection": lambda: selection.selection_attention(q, k, v, indices, lengths, block_size=size),
         "window": lambda: sliding_window.sliding_window_attention(q, k, v, lengths, window_size=width),
         "nsa": lambda: attention.nsa_attention(q, k, v, *gates, lengths, **shape.sizes),

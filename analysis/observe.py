@@ -15,7 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from nsa_kernels import compression, topk
+from nsa_kernels import compression
 
 BRANCHES = ("compression", "selection", "window")
 OBSERVED = "videonsa_observed"
@@ -97,7 +97,8 @@ class Layer:
         query, key = self._of_head(self.vision(self.query), head), self.vision(self.key)[head].float()
         for rows, probabilities in self._compressed(query, key):
             importance = probabilities.sum(1)
-            yield rows, topk.choose_blocks(importance, rows.start, self.config.block_size, self.config.block_counts)
+            sizes = self.config.block_size, self.config.block_counts
+            yield rows, compression.choose_blocks(importance, rows.start, *sizes)
 
     def _of_head(self, query: Tensor, head: int) -> Tensor:
         """(num_heads, length, head_dim) -> (length, group_size, head_dim), float32."""

@@ -262,7 +262,7 @@ def short_sequences(model: Model, machine: Machine) -> list[str]:
     lines = ["## Where sparse is slower than dense", ""]
     lines += wrapped(
         f"Up to {length(reach)} tokens every block is selected, so selection *is* dense attention: by torch's kernel, "
-        "where one call of it takes the sequences (`nsa_kernels/dense_causal.py`), else by Triton's window kernel "
+        "where one call of it takes the sequences (`nsa_kernels/dense.py`), else by Triton's window kernel "
         "without an end. The switch is where the two are equal, `block_size * block_counts` tokens. Beyond it, the "
         "union of a tile's blocks is never more than all blocks before it. But three branches and their gates are "
         "computed where dense attention has one. So **the model expects sparse attention to be slower than cuDNN's "

@@ -1,6 +1,6 @@
 """Native Sparse Attention over packed sequences: o = g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa.
 
-Native Sparse Attention (arXiv:2502.11089), equation 5; the branches are defined in compression.py, topk.py,
+Native Sparse Attention (arXiv:2502.11089), equation 5; the branches are defined in compression.py,
 selection.py and sliding_window.py. The torch backend walks each sequence one key/value head and one chunk of queries at
 a time, and adds the gated branches up before it goes on, so that no branch's output exists for the whole sequence.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import compression, operators, reference, selection, sliding_window, topk, utils
+from . import compression, operators, reference, selection, sliding_window, utils
 
 BACKENDS = utils.BACKENDS
 SequenceLengths = utils.SequenceLengths
@@ -173,7 +173,7 @@ def _compress_and_choose(q, k_cmp, v_cmp, first, block_size, block_counts, softm
     for rows, probs, tile_lse in compression.probability_tiles(q, k_cmp, first, block_size, softmax_scale):
         o[rows] = probs @ v_cmp[: probs.shape[-1]]
         lse[rows] = tile_lse
-        indices[rows] = topk.choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
+        indices[rows] = compression.choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
     return o, lse, indices
 
 

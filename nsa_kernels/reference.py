@@ -62,7 +62,7 @@ def compression_attention_ref(q, k, v, lengths, block_size, softmax_scale):
 
 @torch.no_grad()
 def select_blocks_ref(q, k, lengths, block_size, block_counts, softmax_scale):
-    """Oracle of `topk.select_blocks`."""
+    """Oracle of `compression.select_blocks`."""
     group_size = q.shape[1] // k.shape[1]
     indices = torch.full((q.shape[0], k.shape[1], block_counts), -1, dtype=torch.int32)
     for span in lengths.spans():

@@ -7,7 +7,7 @@ and gate * exp(score - lse) = exp(score - (lse - log gate)): the kernels get do 
 is also the gradient of the gate, and an lse from which log gate is taken. So gates must not be negative.
 
 Where no sequence has more keys than block_counts * block_size, every block is selected: then selection is dense causal
-attention and no blocks are chosen. torch computes it where it can in one call (dense_causal.py), and its autograd the
+attention and no blocks are chosen. torch computes it where it can in one call (dense.py), and its autograd the
 gradients; otherwise it runs as a window that reaches the first token.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import (
-    dense_causal,
+    dense,
     operators,
     triton_compression,
     triton_gates,
@@ -154,8 +154,8 @@ class _NSAFunction(torch.autograd.Function):
 
 def dense_selection(q, k, v, lengths, block_size, block_counts, _window_size, softmax_scale) -> Tensor | None:
     """The output of selection where it is dense and torch computes it in one call, which autograd sees; else None."""
-    if selects_all(lengths, block_size * block_counts) and dense_causal.is_one_call(q, lengths):
-        return dense_causal.dense_causal_attention(q, k, v, lengths, softmax_scale)
+    if selects_all(lengths, block_size * block_counts) and dense.is_one_call(q, lengths):
+        return dense.dense_causal_attention(q, k, v, lengths, softmax_scale)
     return None
 
 
@@ -178,12 +178,12 @@ def backward_of_checked(do, q, k, v, g_cmp, g_slc, g_swa, indices, outputs, lses
         lists = None
         if not selects_all(lengths, block_size * block_counts):
             lists = triton_selection.list_blocks(indices, q, lengths, block_size, is_sorted=True)
-        elif dense_causal.is_one_call(q, lengths):
+        elif dense.is_one_call(q, lengths):
             lses = [lses[0], None, lses[2]]
         *gradients, do_dense = backward(do, q, k, v, g_cmp, g_slc, g_swa, lists, outputs, lses, *args)
         if do_dense is not None:
-            dense = operators.vjp(lambda *x: dense_selection(*x, *args), (q, k, v), do_dense)
-            gradients[:3] = (gradient.add_(part) for gradient, part in zip(gradients[:3], dense, strict=True))
+            parts = operators.vjp(lambda *x: dense_selection(*x, *args), (q, k, v), do_dense)
+            gradients[:3] = (gradient.add_(part) for gradient, part in zip(gradients[:3], parts, strict=True))
         gradients[3:] = (gradient.clone() for gradient in gradients[3:])  # they are parts of one tensor
         return tuple(gradients)
 
@@ -241,7 +241,7 @@ _compress_and_choose = _prepared(triton_compression.compress_and_choose)
 
 @torch.no_grad()
 def select_blocks(q, k, lengths, block_size, block_counts, softmax_scale) -> Tensor:
-    """`topk.select_blocks` with checked arguments."""
+    """`compression.select_blocks` with checked arguments."""
     _check(q, lengths)
     # The choice needs the lse of compression, whose output costs little beside it: k stands in for v.
     return _compress_and_choose(q, k, k, lengths, block_size, block_counts, softmax_scale)[2]

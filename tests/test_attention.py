@@ -22,7 +22,7 @@ from nsa_cases import (
     with_gradients,
 )
 
-from nsa_kernels import attention, reference, selection, topk, utils
+from nsa_kernels import attention, compression, reference, selection, utils
 
 LONG = Case((150, 61), (150, 90), heads=(14, 2), block_size=4, block_counts=5, window_size=20)
 
@@ -84,7 +84,7 @@ def test_half_precision_is_as_good_as_plain_code(dtype):
     inputs = [*case.qkv(dtype), *case.gates(dtype)]
     exact = [x.float() for x in inputs]
     # The same blocks for all three, those of the exact inputs: the choice itself is tested in test_topk.py.
-    indices = topk.select_blocks(*exact[:2], case.lengths, block_size=8, block_counts=4, backend="reference")
+    indices = compression.select_blocks(*exact[:2], case.lengths, block_size=8, block_counts=4, backend="reference")
 
     def plain(*inputs):
         return reference.nsa_attention_ref(

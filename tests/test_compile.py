@@ -22,16 +22,7 @@ import layer_videonsa
 import released_videonsa
 import routing_videonsa
 from generation_videonsa import CACHE_NAME
-from nsa_kernels import (
-    attention,
-    compression,
-    operators,
-    selection,
-    sliding_window,
-    text_rows,
-    topk,
-    utils,
-)
+from nsa_kernels import attention, compression, dense, operators, selection, sliding_window, utils
 
 ONE_LAYER = {"num_hidden_layers": 1}
 VIDEO = ("video", 4, 4, 8)  # 32 tokens
@@ -69,7 +60,7 @@ FUNCTIONS = {
             q,
             k,
             v,
-            topk.select_blocks(q, k, CASE.lengths, block_size=8, block_counts=2),
+            compression.select_blocks(q, k, CASE.lengths, block_size=8, block_counts=2),
             CASE.lengths,
             block_size=8,
             backend=backend,
@@ -81,7 +72,7 @@ FUNCTIONS = {
         )[0]
     ),
     "text_rows_attention": lambda backend: (
-        lambda q, k, v, *_: text_rows.text_rows_attention(q, k, v, positions=torch.arange(3, 36), backend=backend)
+        lambda q, k, v, *_: dense.text_rows_attention(q, k, v, positions=torch.arange(3, 36), backend=backend)
     ),
 }
 
@@ -167,7 +158,7 @@ def test_operators_keep_their_promises(backend, save):
 
 def test_operators_without_saved_tensors_keep_their_promises():
     q, k, v = (x.requires_grad_() for x in RELEASED.qkv())
-    opcheck(text_rows._operator, (q[:3], k, v, None, None, "torch"))
+    opcheck(dense._operator, (q[:3], k, v, None, None, "torch"))
     logits = torch.zeros(1, 40, 28, 3, dtype=torch.float64, requires_grad=True)
     plan = torch.stack([torch.arange(40)[None] % 7 > 1, torch.ones(1, 40, dtype=torch.bool)])
     states = [x.transpose(0, 1)[None].detach().requires_grad_() for x in (q, k, v)]

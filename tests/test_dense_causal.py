@@ -5,7 +5,7 @@ import torch
 from nsa_cases import Case, assert_close_to_truth, spec_packed, with_gradients
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
-from nsa_kernels import attention, dense_causal, reference, utils
+from nsa_kernels import attention, dense, reference, utils
 
 # Every block is selected in each.
 ONE = Case((45,), heads=(7, 1), head_dim=32, block_size=16, block_counts=3, window_size=9)
@@ -33,13 +33,13 @@ def test_what_one_call_of_torch_can_do(changes, expected):
         **{"lengths_q": (45,), "heads": (7, 1), "head_dim": 32} | {k: v for k, v in changes.items() if k != "dtype"}
     )
     q = case.qkv(changes.get("dtype", torch.bfloat16))[0]
-    assert dense_causal.is_one_call(q, case.lengths) is expected
+    assert dense.is_one_call(q, case.lengths) is expected
 
 
 @pytest.mark.parametrize("case", [ONE, EQUAL], ids=str)
 def test_is_causal_attention_within_each_sequence(case):
     def ours(q, k, v):
-        return dense_causal.dense_causal_attention(q, k, v, case.lengths, case.scale)
+        return dense.dense_causal_attention(q, k, v, case.lengths, case.scale)
 
     def truth(q, k, v):
         return spec_packed(case, q, k, v, lambda spec, span: spec.selection())[0]
@@ -87,7 +87,7 @@ def test_torch_and_the_window_kernel_agree_to_rounding(monkeypatch):
     inputs = on_device([*EQUAL.qkv(torch.float16), *EQUAL.gates(torch.float16)])
     inputs[4] = inputs[4].masked_fill(inputs[4] < 0.3, 0.0)  # closed gates
     through_torch = with_gradients(attend(EQUAL), inputs)
-    monkeypatch.setattr(dense_causal, "is_one_call", lambda q, lengths: False)
+    monkeypatch.setattr(dense, "is_one_call", lambda q, lengths: False)
     through_window = with_gradients(attend(EQUAL), inputs)
     assert any(not torch.equal(a, b) for a, b in zip(through_torch, through_window, strict=True))
     for a, b in zip(through_torch, through_window, strict=True):
@@ -119,4 +119,4 @@ def test_backward_inside_autocast():
 def test_lengths_of_the_host_decide():
     """Nothing on the device is read: the lengths' tensors may be anything."""
     lengths = utils.SequenceLengths.from_lengths([45], device="meta")
-    assert dense_causal.is_one_call(torch.empty(45, 7, 32, dtype=torch.bfloat16, device="meta"), lengths)
+    assert dense.is_one_call(torch.empty(45, 7, 32, dtype=torch.bfloat16, device="meta"), lengths)

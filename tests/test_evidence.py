@@ -23,7 +23,7 @@ from storyboard_videonsa import clock
 from synthetic.drawing import write_video
 
 TINY = ROOT / "checkpoints" / "tiny"
-topk = modeling_videonsa.kernel_module("topk")
+compression = modeling_videonsa.kernel_module("compression")
 # Sums of positive numbers up to 1, in another order, in float64.
 CLOSE = {"atol": 1e-12, "rtol": 1e-9}
 # Of the same in float32, in which transformers' eager softmax is: its unit is 6e-8, and a dozen are rounded.
@@ -235,13 +235,13 @@ def test_blocks_are_those_chosen_in_a_forward_of_the_whole_prompt(model, process
     """Captured where the whole prompt's attention chooses them."""
     messages = user([*parts, text("What?")])
     calls = []
-    choose = topk.choose_blocks
+    choose = compression.choose_blocks
 
     def recorded(*args):
         calls.append((args[1], choose(*args)))
         return calls[-1][1]
 
-    monkeypatch.setattr(topk, "choose_blocks", recorded)
+    monkeypatch.setattr(compression, "choose_blocks", recorded)
     options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
     inputs = processor.apply_chat_template(messages, **options, **WHOLE)
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_blocks_are_those_chosen_in_a_forward_of_the_whole_prompt(model, process
     heads = [torch.cat([chosen for _, chosen in calls[a:b]]) for a, b in zip(starts, [*starts[1:], None], strict=True)]
     config = model.config.text_config
     assert len(heads) == config.num_hidden_layers * config.num_key_value_heads
-    monkeypatch.setattr(topk, "choose_blocks", choose)
+    monkeypatch.setattr(compression, "choose_blocks", choose)
 
     reading = model.read(processor, messages, chunk_tokens=13, progress=False, **WHOLE)
     evidence = reading.ask(max_new_tokens=2, evidence=True).evidence

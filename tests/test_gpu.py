@@ -18,7 +18,7 @@ import torch
 from nsa_cases import Case, PoisonedEmpty, Spec, assert_close_to_truth, spec_packed, with_gradients
 from triton_testing import DEVICE, needs_triton
 
-from nsa_kernels import attention, compression, selection, sliding_window, topk, utils
+from nsa_kernels import attention, compression, selection, sliding_window, utils
 
 DRY_RUN = os.environ.get("NSA_DRY_RUN") == "1"
 HAS_GPU = torch.cuda.is_available()
@@ -146,7 +146,7 @@ def test_production_shape():
     lengths = utils.SequenceLengths.from_lengths([PRODUCTION], device=DEVICE)
     size, counts, width = SETTINGS.values()
     choose = {"block_size": size, "block_counts": counts}
-    indices = topk.select_blocks(*inputs[:2], lengths, **choose, backend="triton")
+    indices = compression.select_blocks(*inputs[:2], lengths, **choose, backend="triton")
     position = torch.arange(PRODUCTION, device=DEVICE)
     found = (indices >= 0).sum(-1)
     assert torch.equal(found, (position // size + 1).clamp(max=counts)[:, None].expand_as(found))

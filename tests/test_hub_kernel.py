@@ -146,7 +146,7 @@ def test_built_again(built, tmp_path):
 
 
 def test_a_missing_name_is_said(monkeypatch, tmp_path):
-    monkeypatch.setitem(build_hub_kernel.PUBLIC, "topk", ("no_such",))
-    with pytest.raises(ValueError, match=r"topk\.py has no no_such"):
+    monkeypatch.setitem(build_hub_kernel.PUBLIC, "dense", ("no_such",))
+    with pytest.raises(ValueError, match=r"dense\.py has no no_such"):
         build_hub_kernel.build(tmp_path / "k")
     assert not (tmp_path / "k").exists()

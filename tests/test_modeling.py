@@ -27,7 +27,7 @@ import modeling_videonsa
 from generation_videonsa import CACHE_NAME
 from layer_videonsa import place_rows
 from modeling_videonsa import VideoNSAAttention
-from nsa_kernels import reference, text_rows, utils
+from nsa_kernels import dense, reference, utils
 from routing_videonsa import VisionRouting
 
 VIDEO = ("video", 10, 4, 4)  # 40 tokens, 10 blocks of 4: far more than the 2 that a token selects
@@ -427,7 +427,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_no_tensor_of_sequence_length_squared(prompts, monkeypatch):
-    monkeypatch.setattr(text_rows, "_MASK_ELEMENTS", 1 << 18)  # as small beside this length as the real one at 128K
+    monkeypatch.setattr(dense, "_MASK_ELEMENTS", 1 << 18)  # as small beside this length as the real one at 128K
     model = build_model(torch.float32)
     inputs = prompts.batch([prompts.one([600, ("video", 300, 4, 4), 900]), prompts.one([900, VIDEO, 9], seed=1)])
     length = inputs["input_ids"].shape[1]

@@ -252,7 +252,7 @@ def test_memory_is_linear_in_tokens(backward, monkeypatch):
     monkeypatch.setitem(released_videonsa.utils._TILE_ELEMENTS, "cpu", 1 << 14)
     monkeypatch.setattr(released_videonsa.utils, "CHUNK_TOKENS", 64)
     monkeypatch.setattr(released_videonsa.selection, "_PARTIAL_ELEMENTS", 1 << 15)
-    monkeypatch.setattr(released_videonsa.text_rows, "_MASK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(released_videonsa.dense, "_MASK_ELEMENTS", 1 << 14)
     tokens, q = 512, 512 * 28 * 8
     memory = peak(tokens, backward)
     assert memory.largest <= q < tokens * tokens / 2

@@ -19,7 +19,7 @@ from nsa_cases import (
     with_gradients,
 )
 
-from nsa_kernels import selection, topk
+from nsa_kernels import compression, selection
 
 
 def attend(case: Case, indices: torch.Tensor, backend: str, output: int = 0):
@@ -86,7 +86,7 @@ def test_gradcheck(case):
 def test_half_precision_is_as_good_as_plain_code(dtype):
     case = Case((90, 40), (90, 61), heads=(14, 2), head_dim=32, block_counts=5)
     inputs = case.qkv(dtype)
-    indices = topk.select_blocks(*inputs[:2], case.lengths, block_size=case.block_size, block_counts=5)
+    indices = compression.select_blocks(*inputs[:2], case.lengths, block_size=case.block_size, block_counts=5)
     truth = with_gradients(attend(case, indices, "reference"), [x.float() for x in inputs])
     out = with_gradients(attend(case, indices, "torch"), inputs)
     assert_close_to_truth(out, with_gradients(attend(case, indices, "reference"), inputs), truth)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nsa_kernels import text_rows, utils
+from nsa_kernels import dense, utils
 
 
 def expected(q, k, v, scale):
@@ -18,11 +18,11 @@ def expected(q, k, v, scale):
 @pytest.mark.parametrize("rows", [1, 2, 13, 40])
 @pytest.mark.parametrize("heads", [(7, 1), (10, 2), (16, 2), (3, 3)], ids=str)
 def test_forward_and_gradients(heads, rows, mask_elements, monkeypatch):
-    monkeypatch.setattr(text_rows, "_MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(dense, "_MASK_ELEMENTS", mask_elements)
     generator = torch.Generator().manual_seed(0)
     shapes = (rows, heads[0], 8), (40, heads[1], 8), (40, heads[1], 8)
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
-    o, truth = text_rows.text_rows_attention(q, k, v, 0.3), expected(q, k, v, 0.3)
+    o, truth = dense.text_rows_attention(q, k, v, 0.3), expected(q, k, v, 0.3)
     torch.testing.assert_close(o, truth, atol=1e-12, rtol=1e-12)
     do = torch.randn(o.shape, generator=generator, dtype=torch.float64)
     for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), do) for x in (o, truth)), strict=True):
@@ -32,12 +32,12 @@ def test_forward_and_gradients(heads, rows, mask_elements, monkeypatch):
 @pytest.mark.parametrize("mask_elements", [1, 100, 1 << 25])
 @pytest.mark.parametrize("positions", [[0], [39], [0, 1, 2, 17, 38], list(range(40))], ids=str)
 def test_rows_anywhere(positions, mask_elements, monkeypatch):
-    monkeypatch.setattr(text_rows, "_MASK_ELEMENTS", mask_elements)
+    monkeypatch.setattr(dense, "_MASK_ELEMENTS", mask_elements)
     generator = torch.Generator().manual_seed(0)
     shapes = (40, 6, 8), (40, 2, 8), (40, 2, 8)
     q, k, v = (torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes)
     rows = torch.tensor(positions)
-    o, truth = text_rows.text_rows_attention(q[rows], k, v, 0.3, positions=rows), expected(q, k, v, 0.3)[rows]
+    o, truth = dense.text_rows_attention(q[rows], k, v, 0.3, positions=rows), expected(q, k, v, 0.3)[rows]
     torch.testing.assert_close(o, truth, atol=1e-12, rtol=1e-12)
     do = torch.randn(o.shape, generator=generator, dtype=torch.float64)
     for ours, theirs in zip(*(torch.autograd.grad(x, (q, k, v), do) for x in (o, truth)), strict=True):
@@ -48,17 +48,17 @@ def test_wrong_positions():
     q, k = torch.zeros(3, 2, 4), torch.zeros(5, 2, 4)
     for positions in (torch.zeros(2, dtype=torch.long), torch.zeros(3)):
         with pytest.raises(ValueError, match=r"positions must be int32 or int64 of shape \(rows,\) = \(3,\)"):
-            text_rows.text_rows_attention(q, k, k, positions=positions)
+            dense.text_rows_attention(q, k, k, positions=positions)
 
 
 def test_the_default_scale():
     q, k, v = torch.randn(5, 4, 16), torch.randn(9, 2, 16), torch.randn(9, 2, 16)
-    assert torch.equal(text_rows.text_rows_attention(q, k, v), text_rows.text_rows_attention(q, k, v, 0.25))
+    assert torch.equal(dense.text_rows_attention(q, k, v), dense.text_rows_attention(q, k, v, 0.25))
 
 
 def test_more_rows_than_keys():
     with pytest.raises(ValueError, match="6 queries"):
-        text_rows.text_rows_attention(torch.zeros(6, 2, 4), torch.zeros(5, 2, 4), torch.zeros(5, 2, 4))
+        dense.text_rows_attention(torch.zeros(6, 2, 4), torch.zeros(5, 2, 4), torch.zeros(5, 2, 4))
 
 
 def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
@@ -67,7 +67,7 @@ def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
     calls = []
     monkeypatch.setattr(triton_rows, "text_rows_attention", lambda *args: calls.append(args) or "o")
     q, k = torch.randn(3, 2, 4), torch.randn(5000, 2, 4)
-    assert text_rows.text_rows_attention(q, k, k, backend="triton") == "o"
+    assert dense.text_rows_attention(q, k, k, backend="triton") == "o"
     assert calls == [(q, k, k, 0.5, None)]
-    assert torch.is_tensor(text_rows.text_rows_attention(k, k, k, backend="triton"))  # plain causal attention
-    assert torch.is_tensor(text_rows.text_rows_attention(q, k, k, backend="torch")) and len(calls) == 1
+    assert torch.is_tensor(dense.text_rows_attention(k, k, k, backend="triton"))  # plain causal attention
+    assert torch.is_tensor(dense.text_rows_attention(q, k, k, backend="torch")) and len(calls) == 1

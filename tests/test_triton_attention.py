@@ -10,7 +10,7 @@ import torch
 from nsa_cases import Case, PoisonedEmpty, assert_close_to_truth, with_gradients
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
-from nsa_kernels import attention, compression, reference, selection, sliding_window, topk, utils
+from nsa_kernels import attention, compression, reference, selection, sliding_window, utils
 
 pytestmark = needs_triton
 
@@ -34,7 +34,7 @@ def attend(case: Case, backend: str = "triton"):
 
 def chosen(case: Case, inputs: list[torch.Tensor]) -> torch.Tensor:
     q, k = inputs[:2]
-    return topk.select_blocks(
+    return compression.select_blocks(
         q,
         k,
         lengths_on_device(case),
@@ -137,7 +137,7 @@ def test_branches_by_themselves():
     case = Case((6, 40), (9, 40), heads=(7, 1), head_dim=32, block_size=16, block_counts=2, window_size=10)
     q, k, v = on_device(case.qkv(torch.float32))
     lengths = lengths_on_device(case)
-    indices = topk.select_blocks(q, k, lengths, block_size=16, block_counts=2, backend="torch")
+    indices = compression.select_blocks(q, k, lengths, block_size=16, block_counts=2, backend="torch")
     shuffled = indices.flip(-1).long()  # in any order, -1 anywhere
 
     def branches(backend):
@@ -198,7 +198,7 @@ def test_nan_is_not_hidden():
     q, k, v = on_device(case.qkv(torch.float32))
     q[30] = torch.nan
     lengths = lengths_on_device(case)
-    indices = topk.select_blocks(*on_device(case.qkv(torch.float32)[:2]), lengths, block_size=8, backend="torch")
+    indices = compression.select_blocks(*on_device(case.qkv(torch.float32)[:2]), lengths, block_size=8, backend="torch")
     for o, lse in (
         compression.compression_attention(q, k, v, lengths, block_size=8, backend="triton"),
         selection.selection_attention(q, k, v, indices, lengths, block_size=8, backend="triton"),

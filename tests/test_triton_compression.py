@@ -5,7 +5,7 @@ import torch
 from nsa_cases import Case, PoisonedEmpty, assert_close_to_truth, with_gradients
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
-from nsa_kernels import compression, reference, topk, utils
+from nsa_kernels import compression, reference, utils
 
 pytestmark = needs_triton
 triton_compression = pytest.importorskip("nsa_kernels.triton_compression")
@@ -53,7 +53,7 @@ def test_float32_matches_the_oracle(case):
     for a, e in zip([*out, lse], [*with_gradients(oracle(case), exact), expected_lse], strict=True):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-5)
     settings = {"block_size": case.block_size, "block_counts": case.block_counts, "backend": "reference"}
-    assert torch.equal(indices, topk.select_blocks(*exact[:2], case.lengths, **settings))
+    assert torch.equal(indices, compression.select_blocks(*exact[:2], case.lengths, **settings))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
@@ -136,7 +136,7 @@ def test_early_tokens_of_a_long_sequence_rank_few_columns():
     q, k, v = case.qkv(torch.float32)
     lengths = lengths_on_device(case)
     indices = triton_compression.compress_and_choose(*on_device([q, k, v]), lengths, 1, 3, case.scale)[2]
-    expected = topk.select_blocks(q, k, case.lengths, block_size=1, block_counts=3, backend="torch")
+    expected = compression.select_blocks(q, k, case.lengths, block_size=1, block_counts=3, backend="torch")
     assert torch.equal(indices.cpu(), expected)
 
 

@@ -16,7 +16,7 @@ from nsa_cases import (
 )
 from triton_testing import DEVICE, DTYPES, lengths_on_device, needs_triton, on_cpu, on_device
 
-from nsa_kernels import reference, topk
+from nsa_kernels import compression, reference
 
 pytestmark = needs_triton
 
@@ -97,7 +97,7 @@ def test_float32_matches_the_oracle_on_drawn_cases(case):
 @pytest.mark.parametrize("case", [CASES[0], CASES[1], CASES[3], CASES[5]], ids=str)
 def test_half_precision_is_as_good_as_plain_code(case, dtype):
     inputs = case.qkv(dtype)
-    indices = topk.select_blocks(
+    indices = compression.select_blocks(
         *inputs[:2], case.lengths, block_size=case.block_size, block_counts=case.block_counts, backend="torch"
     )
     out = run_on_device(case, inputs, indices, random_do(case, dtype))
@@ -196,7 +196,7 @@ def test_lists_of_ascending_blocks_need_no_sorting():
     case = Case((50, 20), (50, 41), heads=(6, 2), head_dim=32, block_size=8, block_counts=4)
     q, k, _ = on_device(case.qkv(torch.float32))
     lengths = lengths_on_device(case)
-    indices = topk.select_blocks(q, k, lengths, block_size=8, block_counts=4, backend="torch")
+    indices = compression.select_blocks(q, k, lengths, block_size=8, block_counts=4, backend="torch")
     as_they_are, sorted_first = (
         triton_selection.list_blocks(indices, q, lengths, 8, is_sorted=is_sorted) for is_sorted in (True, False)
     )

@@ -8,7 +8,7 @@ import torch
 from nsa_cases import Case
 from triton_testing import lengths_on_device, needs_triton, on_device
 
-from nsa_kernels import attention, topk
+from nsa_kernels import attention, compression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -18,7 +18,7 @@ import unions
 def test_statistics_count_what_sets_count():
     case = Case((70,), heads=(6, 2), block_size=4, block_counts=5)
     q, k, _ = case.qkv()
-    indices = topk.select_blocks(q, k, case.lengths, block_size=4, block_counts=5, backend="reference")
+    indices = compression.select_blocks(q, k, case.lengths, block_size=4, block_counts=5, backend="reference")
     distinct, selected, by_members = 0, 0, [0] * 8
     for start in range(0, 64, 8):  # the last 6 tokens fill no tile
         for head in range(2):

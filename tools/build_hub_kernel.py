@@ -29,11 +29,10 @@ BACKENDS = ("cuda", "cpu")
 # What the package offers, by the module that has it.
 PUBLIC = {
     "attention": ("nsa_attention", "SequenceLengths", "BACKENDS"),
-    "compression": ("compression_attention", "mean_pool"),
-    "topk": ("select_blocks",),
+    "compression": ("compression_attention", "mean_pool", "select_blocks"),
     "selection": ("selection_attention",),
     "sliding_window": ("sliding_window_attention",),
-    "text_rows": ("text_rows_attention",),
+    "dense": ("text_rows_attention",),
 }
 CARD = """---
 license: apache-2.0

@@ -11,8 +11,8 @@ from typing import Any
 
 logger = logging.getLogger(f"vllm.{__name__}")  # so that it is shown as vLLM's own messages are
 
-# Versions with which the tests pass; and one that has no build for CPUs, so that its source was compared instead: what
-# is used here is unchanged in it.
+# Versions with which the tests pass; and one that has no build for CPUs and was not run: it has every name below, and
+# its files of Qwen2.5-VL are those of the version before.
 TESTED_VERSIONS = ("0.32.0",)
 COMPARED_VERSIONS = ("0.33.0",)
 ANY_VERSION = "VIDEONSA_VLLM_ANY_VERSION"

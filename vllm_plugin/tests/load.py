@@ -66,6 +66,8 @@ def main() -> None:
     parser.add_argument("reference", type=Path)
     parser.add_argument("--requests", type=int, default=50)
     parser.add_argument("--at-once", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     cases = json.loads((arguments.reference / "reference.json").read_text())["tiny"]
     demo = [case for case in cases if case["name"].startswith("demo")]
@@ -73,11 +75,16 @@ def main() -> None:
     bodies = [body_of(arguments.model, case["content"], max_tokens=8) for case in asked]
     chat(arguments.url, bodies[0])  # whatever is made once
     jobs = [lambda body=body: chat(arguments.url, body) for body in bodies]
-    answers, seconds = at_once(jobs, arguments.at_once)
-    right = [
-        answer["choices"][0]["message"]["content"] == case["text"] for answer, case in zip(answers, asked, strict=True)
-    ]
-    print(f"{sum(right)} of {len(asked)} answers are the reference's; {len(asked) / seconds:.2f} answers a second")
+    rounds = []
+    for _ in range(arguments.rounds):
+        answers, seconds = at_once(jobs, arguments.at_once)
+        texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+        right = sum(text == case["text"] for text, case in zip(texts, asked, strict=True))
+        rounds.append({"right": right, "answers_per_second": round(len(asked) / seconds, 2)})
+        print(f"{right} of {len(asked)} answers are the reference's; {len(asked) / seconds:.2f} answers a second")
+    if arguments.output:
+        sizes = {"requests": arguments.requests, "at_once": arguments.at_once}
+        arguments.output.write_text(json.dumps(sizes | {"rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

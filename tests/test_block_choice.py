@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nsa_cases import CASES, Case, PoisonedEmpty, cases, small_tiles, spec_packed, stable
 
-from nsa_kernels import topk
+from nsa_kernels import compression
 
 
 def select(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     q, k, _ = case.qkv(dtype)
-    return topk.select_blocks(
+    return compression.select_blocks(
         q, k, case.lengths, block_size=case.block_size, block_counts=case.block_counts, backend=backend
     )
 
@@ -71,7 +71,9 @@ def test_identical_keys_choose_the_first_blocks(dtype, backend):
     q = torch.randint(-3, 4, (40, 4, 8), generator=torch.Generator().manual_seed(0)).to(dtype)
     k = torch.ones(40, 2, 8, dtype=dtype)  # small integers: every score is exact, hence equal
     cu_seqlens = torch.tensor([0, 40], dtype=torch.int32)
-    indices = topk.select_blocks(q, k, cu_seqlens, block_size=4, block_counts=4, softmax_scale=1.0, backend=backend)
+    indices = compression.select_blocks(
+        q, k, cu_seqlens, block_size=4, block_counts=4, softmax_scale=1.0, backend=backend
+    )
     for t in range(40):
         own = t // 4
         expected = [*range(min(own, 3)), own]
@@ -86,7 +88,7 @@ def test_choose_blocks_ranks_as_sorting_does(first, block_counts, dtype, data):
     level = st.integers(0, 3)  # few levels: many ties
     levels = data.draw(st.lists(level, min_size=tokens * num_blocks, max_size=tokens * num_blocks))
     importance = torch.tensor(levels, dtype=dtype).view(tokens, num_blocks) / 3
-    indices = topk.choose_blocks(importance, first, block_size, block_counts)
+    indices = compression.choose_blocks(importance, first, block_size, block_counts)
     for row, t in enumerate(range(first, first + tokens)):
         own = t // block_size
         ranked = sorted(range(own), key=lambda j, row=row: (-importance[row, j].item(), j))
@@ -96,16 +98,16 @@ def test_choose_blocks_ranks_as_sorting_does(first, block_counts, dtype, data):
 
 def test_own_block_wins_over_more_important_ones():
     importance = torch.tensor([[9.0, 8.0, 7.0, 0.0]])
-    assert topk.choose_blocks(importance, 12, 4, 1).tolist() == [[3]]
-    assert topk.choose_blocks(importance, 12, 4, 2).tolist() == [[0, 3]]
-    assert topk.choose_blocks(importance, 8, 4, 2).tolist() == [[0, 2]]
+    assert compression.choose_blocks(importance, 12, 4, 1).tolist() == [[3]]
+    assert compression.choose_blocks(importance, 12, 4, 2).tolist() == [[0, 3]]
+    assert compression.choose_blocks(importance, 8, 4, 2).tolist() == [[0, 2]]
 
 
 def test_selection_carries_no_gradient():
     case = Case((20,))
     q, k, _ = (x.requires_grad_() for x in case.qkv())
     for backend in ("torch", "reference"):
-        assert not topk.select_blocks(q, k, case.lengths, block_size=4, backend=backend).requires_grad
+        assert not compression.select_blocks(q, k, case.lengths, block_size=4, backend=backend).requires_grad
 
 
 def test_autocast_narrows_nothing():
@@ -127,4 +129,4 @@ def test_autocast_narrows_nothing():
 def test_wrong_arguments(kwargs, match):
     case = Case((9,))
     with pytest.raises(ValueError, match=match):
-        topk.select_blocks(*case.qkv()[:2], case.lengths, **kwargs)
+        compression.select_blocks(*case.qkv()[:2], case.lengths, **kwargs)
