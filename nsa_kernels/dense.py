@@ -23,38 +23,42 @@ from . import operators, utils
 _MASK_ELEMENTS = 1 << 25
 
 
-def skips_the_future(q: Tensor) -> bool:
-    """Whether `attend` leaves out the keys that a causal mask hides, and forms no queries x keys scores, for this q."""
+def is_fused(q: Tensor) -> bool:
+    """Whether `attend` takes this q through one kernel, which forms no queries x keys scores."""
     return q.device.type == "cpu"
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, mask: Tensor | None = None, is_causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """o like q, and lse (batch, heads, rows); of rows that the mask hides from every key, both are arbitrary.
+    """o like q, and lse (batch, heads, rows); where the mask hides every key from a row, o is 0 and lse arbitrary.
 
     Args:
         q: (batch, heads, rows, head_dim), at least one row; k, v: (batch, heads or 1, keys, head_dim); all float32, or
             all float64.
         mask: added to the scores, of two or four dimensions that broadcast to (batch, heads, rows, keys).
-        is_causal: row i sees keys 0 to i; instead of a mask.
+        is_causal: row i sees keys 0 to i; instead of a mask, and only where `is_fused`.
     """
-    if q.device.type == "cpu":
-        # What torch's scaled_dot_product_attention calls on a CPU; itself it does not return the log-sum-exp.
+    if is_fused(q):
+        # What torch's scaled_dot_product_attention calls on a CPU; itself it does not return the log-sum-exp. It hides
+        # scores before it scales them, and takes numbers of a row to lie side by side.
+        q, softmax_scale = utils.positive_scale(q, softmax_scale)
+        q = q if q.stride(-1) == 1 else q.contiguous()
         k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, is_causal, attn_mask=mask, scale=softmax_scale
         )
+    assert not is_causal
     scores = q @ (k * softmax_scale).mT
-    if is_causal:
-        mask = torch.full(scores.shape[2:], -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     if mask is not None:
         scores = scores.add_(mask)
     # A finite maximum keeps nan out of rows that are hidden from all keys.
     row_max = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(q.dtype).min)
     probs = scores.sub_(row_max).exp_()
     row_sum = probs.sum(-1, keepdim=True)
-    return (probs @ v).div_(row_sum), (row_sum.log() + row_max).squeeze(-1)
+    lse = (row_sum.log() + row_max).squeeze(-1)
+    # The largest term is exp(0), so the sum is at least 1 wherever there is a term at all.
+    return (probs @ v).div_(row_sum.clamp_min_(1.0)), lse
 
 
 def is_one_call(q: Tensor, lengths: utils.SequenceLengths) -> bool:
@@ -83,6 +87,7 @@ def dense_causal_attention(
         o: like q, contiguous.
     """
     batch = len(lengths.offsets_q) - 1
+    q, softmax_scale = utils.positive_scale(q, softmax_scale)  # torch's kernels may hide scores before they scale them
     q, k, v = (x.unflatten(0, (batch, -1)).transpose(1, 2) for x in (q, k, v))  # [batch, heads, tokens, head_dim]
     o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True)
     return o.transpose(1, 2).flatten(0, 1).contiguous()
@@ -110,23 +115,22 @@ def text_rows_attention(
     Returns:
         o: like q.
     Raises:
-        ValueError: an argument has a wrong shape or dtype, or there are more rows than keys.
+        ValueError: an argument has a wrong shape, dtype or device, or there are more rows than keys.
     """
     if torch.compiler.is_compiling():
         return _operator(q, k, v, positions, softmax_scale, backend)
     num_rows, num_keys = q.shape[0], k.shape[0]
     utils.check_qkv(q, k, v, utils.SequenceLengths.from_lengths([num_rows], [num_keys]))
-    if positions is not None and (positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64)):
-        raise ValueError(
-            f"positions must be int32 or int64 of shape (rows,) = ({num_rows},), "
-            f"got {positions.dtype} {tuple(positions.shape)}"
-        )
+    utils.check_positions(positions, q)
     scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    if not num_rows:
+        return q.clone()
     if utils.resolve_backend(backend, q.device) == "triton":
         from . import triton_rows
 
         if not triton_rows.torch_is_as_good(num_rows, num_keys):
             return triton_rows.text_rows_attention(q, k, v, scale, positions)
+    q, scale = utils.positive_scale(q, scale)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, head_dim]
     if num_rows == num_keys:
         o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)

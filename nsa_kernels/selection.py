@@ -34,7 +34,7 @@ class _Tiles(NamedTuple):
     tokens: Tensor  # (tiles, tile_size): token of each pair, 0 where a tile is not full
     inside: Tensor  # (tiles, tile_size), bool: False where a tile is not full
     blocks: Tensor  # (tiles,): key block of each tile
-    slots: Tensor  # (tokens, block_counts): where a pair lies in tokens.flatten(), 0 for pairs that do not count
+    slots: Tensor  # (tokens, block_counts): where a pair, or one of its token that counts, lies in tokens.flatten()
     counted: Tensor  # (tokens, block_counts), bool: pairs that count
     first_own: int  # tiles before this one hold no pair of a token and its own block, so they need no causal mask
 
@@ -124,8 +124,10 @@ def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     tile_tokens = (order[sorted_pair.clamp_max_(pairs - 1)] // block_counts).masked_fill_(~inside, 0)
     pair_run = key.clamp_max(2 * num_blocks - 1).long()
     slot = tile_start[pair_run] * tile_size + torch.arange(pairs, device=device) - run_start[pair_run]
-    slots = torch.empty_like(slot).scatter_(0, order, slot).view(tokens, block_counts)
-    return _Tiles(tile_tokens, inside, run % num_blocks, slots.masked_fill_(~counted, 0), counted, first_own)
+    slots = torch.empty_like(slot).scatter_(0, order, slot).view(tokens, block_counts).masked_fill_(~counted, 0)
+    # A pair that does not count stands for one of the same token that does: its weight is 0, and 0 times nan is nan.
+    slots = torch.where(counted, slots, slots.gather(1, counted.int().argmax(1, keepdim=True)))
+    return _Tiles(tile_tokens, inside, run % num_blocks, slots, counted, first_own)
 
 
 def _gather_rows(x: Tensor, rows: Tensor, scratch: Scratch, name: str) -> Tensor:
@@ -202,10 +204,12 @@ def selection_forward_masked(
     Args:
         k, v: (num_keys, head_dim).
     """
-    tokens = q.shape[0]
+    tokens, step = q.shape[0], _MASKED_TOKENS
+    if not dense.is_fused(q):
+        step = min(step, utils.tile_tokens(q.shape[1] * (first + tokens), q.device))
     o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    for start in range(0, tokens, _MASKED_TOKENS):
-        rows = slice(start, min(start + _MASKED_TOKENS, tokens))
+    for start in range(0, tokens, step):
+        rows = slice(start, min(start + step, tokens))
         keys = slice(first + rows.stop)
         num_blocks = -(-keys.stop // block_size)
         blocks = block_indices[rows].long()

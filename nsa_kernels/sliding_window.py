@@ -52,7 +52,7 @@ def window_forward(
         q: (tokens, group_size, head_dim), the tokens at positions first, first + 1, ...; k, v: (num_keys, head_dim).
     """
     tokens, group_size, head_dim = q.shape
-    if first == 0 and window_size >= tokens and dense.skips_the_future(q):
+    if first == 0 and window_size >= tokens and dense.is_fused(q):
         o, lse = dense.attend(
             q.transpose(0, 1)[None], k[None, None, :tokens], v[None, None, :tokens], softmax_scale, is_causal=True
         )

@@ -589,7 +589,7 @@ def _pool(k: Tensor, v: Tensor, lengths: utils.SequenceLengths, block_size: int)
 
 def _attend(q, k_cmp, v_cmp, lengths, block_size, softmax_scale):
     total_q, num_heads, _ = q.shape
-    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    q, softmax_scale = utils.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(total_q, num_heads, dtype=torch.float32, device=q.device)
     config = triton_tiles.walk_extents(q)

@@ -459,7 +459,7 @@ def window_and_sum(
 
 def _window(q, k, v, lengths, window_size, softmax_scale, **outputs) -> Tensor:
     q, k, v = (triton_tiles.addressable(x) for x in (q, k, v))
-    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    q, softmax_scale = utils.positive_scale(q, softmax_scale)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     group_size, batch = q.shape[1] // k.shape[1], len(lengths.offsets_q) - 1
     config = triton_tiles.walk_extents(q, triton_tiles.tuning.window_rows)
@@ -565,7 +565,7 @@ def text_rows_fwd(
 ) -> tuple[Tensor, Tensor]:
     """o like q, and lse (rows, num_heads), fp32, natural log; arguments as those of `text_rows_attention`."""
     (rows, heads, head_dim), (keys, kv_heads, _) = q.shape, k.shape
-    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    q, softmax_scale = utils.positive_scale(q, softmax_scale)
     config = text_config(q, rows, heads // kv_heads)
     tiles = triton_tiles.cdiv(rows * (heads // kv_heads), config["ROWS"])
     splits = _splits(q.device, tiles * kv_heads, keys, config["num_warps"])
@@ -675,15 +675,8 @@ def text_rows_attention(
     lengths = utils.SequenceLengths.from_lengths([q.shape[0]], [k.shape[0]])
     utils.check_qkv(q, k, v, lengths)
     triton_tiles.check_supported(q)
-    if positions is not None:
-        if positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
-            raise ValueError(
-                f"positions must be int32 or int64 of shape (rows,) = ({q.shape[0]},), "
-                f"got {positions.dtype} {tuple(positions.shape)}"
-            )
-        if positions.device != q.device:
-            raise ValueError(f"positions must be on {q.device}, like q, got {positions.device}")
-        positions = positions.contiguous()
+    utils.check_positions(positions, q)
+    positions = None if positions is None else positions.contiguous()
     softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
     if not q.shape[0]:
         return torch.empty_like(q)

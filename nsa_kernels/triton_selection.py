@@ -594,7 +594,7 @@ def selection_fwd(
         lse: (total_q, num_heads), fp32, natural log; -inf for a token without blocks.
     """
     q, k, v = (triton_tiles.addressable(x) for x in (q, k, v))
-    q, softmax_scale = triton_tiles.positive_scale(q, softmax_scale)
+    q, softmax_scale = utils.positive_scale(q, softmax_scale)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     config = forward_config(q, q.shape[1] // k.shape[1], block_size)

@@ -202,11 +202,6 @@ def check_supported(q: Tensor) -> None:
             )
 
 
-def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
-    """q and scale with the same products, and a positive scale: the largest product is then the largest score."""
-    return (q if softmax_scale >= 0 else -q), max(abs(softmax_scale), 1e-30)
-
-
 # Not Triton's functions of these names: outside of a kernel, each call of those costs as much as a small launch.
 
 

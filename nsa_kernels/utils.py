@@ -223,6 +223,24 @@ def resolve_scale(softmax_scale: float | None, head_dim: int) -> float:
     return float(softmax_scale)
 
 
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """q and scale with the same products, and a positive scale: the largest product is then the largest score."""
+    return (q if softmax_scale >= 0 else -q), max(abs(softmax_scale), 1e-30)
+
+
+def check_positions(positions: Tensor | None, q: Tensor) -> None:
+    """Raise ValueError unless positions, if there are any, are whole numbers, one for each row of q."""
+    if positions is None:
+        return
+    if positions.shape != q.shape[:1] or positions.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"positions must be int32 or int64 of shape (rows,) = ({q.shape[0]},), "
+            f"got {positions.dtype} {tuple(positions.shape)}"
+        )
+    if positions.device != q.device:
+        raise ValueError(f"positions must be on {q.device}, like q, got {positions.device}")
+
+
 def _describe(x: object) -> str:
     return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else repr(x)
 

@@ -83,7 +83,7 @@ def test_half_precision_is_as_good_as_plain_code(dtype):
     case = Case((90, 40), (90, 61), heads=(14, 2), head_dim=32, block_counts=4, window_size=20)
     inputs = [*case.qkv(dtype), *case.gates(dtype)]
     exact = [x.float() for x in inputs]
-    # The same blocks for all three, those of the exact inputs: the choice itself is tested in test_topk.py.
+    # The same blocks for all three, those of the exact inputs: the choice itself is tested in test_block_choice.py.
     indices = compression.select_blocks(*exact[:2], case.lengths, block_size=8, block_counts=4, backend="reference")
 
     def plain(*inputs):

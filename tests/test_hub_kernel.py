@@ -131,6 +131,13 @@ def test_what_is_there_is_not_removed(tmp_path):
     with pytest.raises(ValueError, match=r"output = .* is no folder of a kernel"):
         build_hub_kernel.build(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "all of it"
+    for name in ("README.md", "build/notes.txt"):
+        folder = tmp_path / name.replace("/", "-")
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        with pytest.raises(ValueError, match="output"):
+            build_hub_kernel.build(folder)
+        assert (folder / name).read_text() == "mine"
     file = tmp_path / "thesis.txt"
     with pytest.raises(ValueError, match="output"):
         build_hub_kernel.build(file)

@@ -67,11 +67,11 @@ def build(output: Path, repo_id: str = f"me/{NAME}") -> None:
         ValueError: the folder holds something else, or a module lacks a public name.
     """
     output = Path(output)
-    if output.exists() and not (output.is_dir() and {path.name for path in output.iterdir()} <= {"build", "README.md"}):
+    if output.exists() and not _is_ours(output):
         raise ValueError(f"output = {str(output)!r} is no folder of a kernel: choose one that is not there yet")
     sources = {path.name: path.read_text() for path in sorted(SOURCE.glob("*.py")) if path.name != "__init__.py"}
     init = _init(sources)
-    digest = hashlib.sha256("".join([init, *sources.values()]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(sources | {"__init__.py": init}).encode()).hexdigest()[:12]
     shutil.rmtree(output, ignore_errors=True)
     for backend in BACKENDS:
         folder = output / "build" / f"torch-{backend}"
@@ -90,13 +90,28 @@ def build(output: Path, repo_id: str = f"me/{NAME}") -> None:
     (output / "README.md").write_text(CARD.format(repo_id=repo_id, version=VERSION))
 
 
+def _is_ours(folder: Path) -> bool:
+    """Whether the folder is empty, or `build` has written all that is in it."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= {"build", "README.md"}:
+        return False
+    files = [folder / "build" / f"torch-{backend}" / "metadata.json" for backend in BACKENDS]
+    is_empty = not any(folder.iterdir())
+    return is_empty or all(file.is_file() and json.loads(file.read_text()).get("name") == NAME for file in files)
+
+
 def _init(sources: dict[str, str]) -> str:
     """The package's `__init__.py`: the public names."""
     lines = ['"""Native Sparse Attention."""', ""]
     for module, names in PUBLIC.items():
         body = ast.parse(sources[f"{module}.py"]).body
         functions = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-        values = {target.id for node in body if isinstance(node, ast.Assign) for target in node.targets}
+        values = {
+            target.id
+            for node in body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
         if missing := set(names) - functions - values:
             raise ValueError(f"nsa_kernels/{module}.py has no {', '.join(sorted(missing))}")
         lines.append(f"from .{module} import {', '.join(names)}")
