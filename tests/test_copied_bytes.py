@@ -1,4 +1,4 @@
-"""The benchmark that counts what the model's wiring copies; and that a single video's prompt copies its output alone."""
+"""What the model copies round its attention: of a prompt of one video, its output alone."""
 
 import sys
 
