@@ -241,17 +241,16 @@ def _checked(
     Raises:
         ValueError, ImportError: as `nsa_attention`.
     """
-    utils.check_positive(block_size=block_size, block_counts=block_counts, window_size=window_size)
-    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
-    utils.check_qkv(q, k, v, lengths)
+    sizes = {"block_size": block_size, "block_counts": block_counts, "window_size": window_size}
+    lengths, softmax_scale, backend = utils.check_call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, backend, **sizes
+    )
     for name, gate in (("g_cmp", g_cmp), ("g_slc", g_slc), ("g_swa", g_swa)):
         if gate.shape != q.shape[:2] or not gate.is_floating_point() or gate.device != q.device:
             raise ValueError(
                 f"{name} must be floating point of shape (total_q, num_heads) = {tuple(q.shape[:2])} on {q.device}, "
                 f"got {gate.dtype} {tuple(gate.shape)} on {gate.device}"
             )
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    backend = utils.resolve_backend(backend, q.device)
     return (q, k, v, g_cmp, g_slc, g_swa, lengths, block_size, block_counts, window_size, softmax_scale), backend
 
 

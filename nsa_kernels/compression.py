@@ -256,11 +256,9 @@ def compression_attention(
     if torch.compiler.is_compiling():
         boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
         return _operator(q, k, v, *boundaries, block_size, softmax_scale, backend)
-    utils.check_positive(block_size=block_size)
-    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
-    utils.check_qkv(q, k, v, lengths)
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    backend = utils.resolve_backend(backend, q.device)
+    lengths, softmax_scale, backend = utils.check_call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, backend, block_size=block_size
+    )
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.compression_attention_ref(q, k, v, lengths, block_size, softmax_scale)
@@ -310,11 +308,9 @@ def select_blocks(
     if torch.compiler.is_compiling():
         boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
         return _choice_operator(q.detach(), k.detach(), *boundaries, block_size, block_counts, softmax_scale, backend)
-    utils.check_positive(block_size=block_size, block_counts=block_counts)
-    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
-    utils.check_qkv(q, k, None, lengths)
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    backend = utils.resolve_backend(backend, q.device)
+    lengths, softmax_scale, backend = utils.check_call(
+        q, k, None, cu_seqlens_q, cu_seqlens_k, softmax_scale, backend, block_size=block_size, block_counts=block_counts
+    )
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.select_blocks_ref(q, k, lengths, block_size, block_counts, softmax_scale)

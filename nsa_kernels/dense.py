@@ -129,7 +129,7 @@ def text_rows_attention(
         from . import triton_rows
 
         if not triton_rows.torch_is_as_good(num_rows, num_keys):
-            return triton_rows.text_rows_attention(q, k, v, scale, positions)
+            return triton_rows.text_rows_of_checked(q, k, v, scale, positions)
     q, scale = utils.positive_scale(q, scale)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, head_dim]
     if num_rows == num_keys:

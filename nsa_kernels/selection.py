@@ -362,10 +362,9 @@ def selection_attention(
     if torch.compiler.is_compiling():
         boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
         return _operator(q, k, v, block_indices, *boundaries, block_size, softmax_scale, backend)
-    utils.check_positive(block_size=block_size)
-    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
-    utils.check_qkv(q, k, v, lengths)
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    lengths, softmax_scale, backend = utils.check_call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, backend, block_size=block_size
+    )
     if block_indices.shape[:-1] != (q.shape[0], k.shape[1]) or block_indices.shape[-1] == 0:
         raise ValueError(
             f"block_indices must have shape (total_q, num_kv_heads, block_counts) = ({q.shape[0]}, {k.shape[1]}, >= 1),"
@@ -375,7 +374,6 @@ def selection_attention(
         raise ValueError(
             f"block_indices must be int32 or int64 on {q.device}, got {block_indices.dtype} on {block_indices.device}"
         )
-    backend = utils.resolve_backend(backend, q.device)
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.selection_attention_ref(q, k, v, block_indices, lengths, block_size, softmax_scale)

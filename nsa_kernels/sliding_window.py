@@ -174,11 +174,9 @@ def sliding_window_attention(
     if torch.compiler.is_compiling():
         boundaries = operators.boundaries(cu_seqlens_q, cu_seqlens_k)
         return _operator(q, k, v, *boundaries, window_size, softmax_scale, backend)
-    utils.check_positive(window_size=window_size)
-    lengths = utils.resolve_lengths(cu_seqlens_q, cu_seqlens_k)
-    utils.check_qkv(q, k, v, lengths)
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
-    backend = utils.resolve_backend(backend, q.device)
+    lengths, softmax_scale, backend = utils.check_call(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale, backend, window_size=window_size
+    )
     with utils.no_autocast(q.device):
         if backend == "reference":
             return reference.sliding_window_attention_ref(q, k, v, lengths, window_size, softmax_scale)

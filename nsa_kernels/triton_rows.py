@@ -672,14 +672,17 @@ def text_rows_attention(
     Raises:
         ValueError: an argument has a wrong shape or dtype, or there are more rows than keys.
     """
-    lengths = utils.SequenceLengths.from_lengths([q.shape[0]], [k.shape[0]])
-    utils.check_qkv(q, k, v, lengths)
-    triton_tiles.check_supported(q)
+    utils.check_qkv(q, k, v, utils.SequenceLengths.from_lengths([q.shape[0]], [k.shape[0]]))
     utils.check_positions(positions, q)
-    positions = None if positions is None else positions.contiguous()
-    softmax_scale = utils.resolve_scale(softmax_scale, q.shape[2])
+    return text_rows_of_checked(q, k, v, utils.resolve_scale(softmax_scale, q.shape[2]), positions)
+
+
+def text_rows_of_checked(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, positions: Tensor | None) -> Tensor:
+    """`text_rows_attention` of arguments that were checked, but for what no kernel here takes."""
+    triton_tiles.check_supported(q)
     if not q.shape[0]:
         return torch.empty_like(q)
+    positions = None if positions is None else positions.contiguous()
     q, k, v = map(triton_tiles.addressable, (q, k, v))
     with utils.no_autocast(q.device), triton_tiles.current_device(q):
         return _TextRowsFunction.apply(q, k, v, softmax_scale, positions)

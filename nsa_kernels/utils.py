@@ -207,6 +207,28 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor | None, lengths: SequenceLengths) 
             raise ValueError(f"{name} has {x.shape[0]} rows, but cu_seqlens_{name} ends at {offsets[-1]}")
 
 
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cu_seqlens_q: Tensor | SequenceLengths,
+    cu_seqlens_k: Tensor | None,
+    softmax_scale: float | None,
+    backend: str,
+    **sizes: int,
+) -> tuple[SequenceLengths, float, str]:
+    """The arguments that public functions share, checked: lengths, a number for softmax_scale, and what backend means.
+
+    Raises:
+        ValueError: an argument has a wrong value, shape or dtype, or a size is not positive.
+        ImportError: triton is not installed.
+    """
+    check_positive(**sizes)
+    lengths = resolve_lengths(cu_seqlens_q, cu_seqlens_k)
+    check_qkv(q, k, v, lengths)
+    return lengths, resolve_scale(softmax_scale, q.shape[2]), resolve_backend(backend, q.device)
+
+
 def check_positive(**values: int) -> None:
     """Raise ValueError unless every value is an int of at least 1."""
     for name, value in values.items():

@@ -65,7 +65,7 @@ def test_few_rows_over_many_keys_go_to_triton(monkeypatch):
     triton_rows = pytest.importorskip("nsa_kernels.triton_rows")
     monkeypatch.setattr(utils, "resolve_backend", lambda name, device: name)
     calls = []
-    monkeypatch.setattr(triton_rows, "text_rows_attention", lambda *args: calls.append(args) or "o")
+    monkeypatch.setattr(triton_rows, "text_rows_of_checked", lambda *args: calls.append(args) or "o")
     q, k = torch.randn(3, 2, 4), torch.randn(5000, 2, 4)
     assert dense.text_rows_attention(q, k, k, backend="triton") == "o"
     assert calls == [(q, k, k, 0.5, None)]
