@@ -14,9 +14,9 @@ from transformers.feature_extraction_utils import BatchFeature
 
 from .internals import Qwen2_5_VLDummyInputsBuilder, Qwen2_5_VLMultiModalProcessor, Qwen2_5_VLProcessingInfo
 from .loader import FILE_MARK
-from .videonsa import VideoNSAProcessor
+from .videonsa import SAMPLING_OPTIONS, VideoNSAProcessor, VideoOptions
 
-OPTIONS = ("fps", "num_frames", "max_frames", "min_pixels_per_frame", "max_pixels_per_frame", "max_total_tokens")
+OPTIONS = (*SAMPLING_OPTIONS, "max_total_tokens")
 # Frames that are decoded at a time; each may be a few hundred kilobytes.
 BATCH = 32
 _METADATA = ("total_num_frames", "fps", "duration", "video_backend", "frames_indices")
@@ -48,14 +48,17 @@ class VideoNSAProcessingInfo(Qwen2_5_VLProcessingInfo):
         Raises:
             ValueError: one that the processor does not have.
         """
-        options = dict(self.ctx.get_merged_mm_kwargs(asked))
-        for name in options:
+        server = self.ctx.get_merged_mm_kwargs({})
+        for name in server | asked:
             if name not in OPTIONS:
                 raise ValueError(f"`mm_processor_kwargs` has {name!r}: VideoNSA takes {', '.join(OPTIONS)}")
-        # `fps` of a request replaces `num_frames` of the server's start and the reverse.
-        for name, rival in (("fps", "num_frames"), ("num_frames", "fps")):
-            if asked.get(name) is not None and asked.get(rival) is None:
-                options.pop(rival, None)
+        mine, theirs = (
+            VideoOptions(**{name: given.get(name) for name in SAMPLING_OPTIONS}) for given in (asked, server)
+        )
+        chosen = mine.over(theirs)
+        options = {name: getattr(chosen, name) for name in SAMPLING_OPTIONS}
+        budgets = (given.get("max_total_tokens") for given in (asked, server))
+        options["max_total_tokens"] = next((budget for budget in budgets if budget is not None), None)
         return {name: value for name, value in options.items() if value is not None}
 
 

@@ -7,7 +7,9 @@ import importlib
 from typing import Any
 
 _PLACES = {
+    "SAMPLING_OPTIONS": "options_videonsa",
     "SequenceLengths": "nsa_kernels.attention",
+    "VideoOptions": "budget_videonsa",
     "VideoNSAConfig": "configuration_videonsa",
     "VideoNSAProcessor": "processing_videonsa",
     "mrope_position_ids": "positions_videonsa",

@@ -129,6 +129,7 @@ def test_options_of_the_servers_start(processor):
         ({}, {"num_frames": 6, "max_total_tokens": 20}),
         ({"fps": 1}, {"fps": 1, "max_total_tokens": 20}),
         ({"max_total_tokens": 9, "num_frames": 40}, {"num_frames": 40, "max_total_tokens": 9}),
+        ({"max_frames": 4}, {"num_frames": 4, "max_total_tokens": 20}),  # as in transformers
     ):
         result = inputs(VIDEO, {"video": [as_file(SCENE)]}, **options)
         expected = processor(text=VIDEO, videos=[SCENE], return_tensors="pt", **resolved)
