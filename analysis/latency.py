@@ -36,6 +36,7 @@ from transformers.utils import cached_file
 from attention_budget_videonsa import attention_budget
 from benchmarks.published_sizes import PUBLISHED, published_config
 from benchmarks.timing import synchronize
+from configuration_videonsa import VideoNSATextConfig
 from nsa_kernels import attention, compression, selection, sliding_window
 from nsa_kernels.utils import SequenceLengths
 
@@ -44,8 +45,7 @@ from .figure import BRANCH_COLOURS, measurement
 TOKENS = (1024, 4096, 16384)
 PARTS = ("compression", "block choice", "selection", "window", "nsa", "dense")
 COLOURS = BRANCH_COLOURS | {"block choice": "tab:cyan", "nsa": "tab:red"}
-# VideoNSATextConfig's.
-NSA_DEFAULTS = {"block_size": 64, "block_counts": 32, "window_size": 256}
+NSA_DEFAULTS = {name: getattr(VideoNSATextConfig, name) for name in ("block_size", "block_counts", "window_size")}
 WARM_UP_TOKENS = 512
 LONG_SECONDS = 5.0
 """Of a call that is not repeated."""

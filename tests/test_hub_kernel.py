@@ -9,13 +9,14 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import kernel_client
 import pytest
 import torch
 from conftest import ROOT
 from fake_hub import FakeHub
+from kernel_client import compute
 from safetensors.torch import load_file
 
 from nsa_kernels import attention
@@ -25,27 +26,6 @@ build_hub_kernel = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build_hub_kernel)
 
 LIBRARY = "kernels==0.17.2"
-USE = textwrap.dedent("""
-    import sys
-    import torch
-    from safetensors.torch import save_file
-    from kernels import get_kernel, get_local_kernel
-
-    source, output = sys.argv[1:]
-    if "/" in source and not source.startswith("/"):
-        kernel = get_kernel(source, version=1, backend="cpu", trust_remote_code=True)
-    else:
-        from pathlib import Path
-        kernel = get_local_kernel(Path(source), backend="cpu")
-    assert "nsa_kernels" not in sys.modules and "transformers" not in sys.modules
-    torch.manual_seed(0)
-    q, (k, v), gates = torch.randn(90, 6, 16), torch.randn(2, 90, 2, 16), torch.rand(3, 90, 6)
-    inputs = [x.requires_grad_() for x in (q, k.clone(), v.clone(), *gates.unbind())]
-    lengths = torch.tensor([0, 30, 90], dtype=torch.int32)
-    o = kernel.nsa_attention(*inputs, lengths, block_size=4, block_counts=3, window_size=5)
-    save_file({"o": o.detach(), "dq": torch.autograd.grad(o.square().sum(), inputs)[0]}, output)
-    assert set(kernel.__all__) <= set(dir(kernel))
-""")
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +48,14 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    torch.manual_seed(0)
-    q, (k, v), gates = torch.randn(90, 6, 16), torch.randn(2, 90, 2, 16), torch.rand(3, 90, 6)
-    inputs = [x.requires_grad_() for x in (q, k.clone(), v.clone(), *gates.unbind())]
-    lengths = torch.tensor([0, 30, 90], dtype=torch.int32)
-    o = attention.nsa_attention(*inputs, lengths, block_size=4, block_counts=3, window_size=5)
-    return {"o": o.detach(), "dq": torch.autograd.grad(o.square().sum(), inputs)[0]}
+    return compute(attention.nsa_attention)
 
 
 def use(source, library, tmp_path, **environment):
     # Without telemetry, kernels 0.17.2 ends its user agent with a blank, which httpx refuses.
     environment = os.environ | environment | {"PYTHONPATH": str(library), "HF_HUB_DISABLE_TELEMETRY": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(source), str(tmp_path / "o.safetensors")],
+        [sys.executable, kernel_client.__file__, str(source), str(tmp_path / "o.safetensors")],
         env=environment, cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
