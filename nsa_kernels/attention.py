@@ -26,45 +26,46 @@ def forward(
     """
     group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+    at_once = utils.heads_at_once(q, num_kv_heads, lengths)
+    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2], at_once), selection.Scratch()
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if save:
         o_slc_all = torch.empty_like(o)
         lse_all = torch.empty(3, *q.shape[:2], dtype=acc, device=q.device)
         indices_all = torch.empty(q.shape[0], num_kv_heads, block_counts, dtype=torch.int32, device=q.device)
-    for span in lengths.spans():
-        for head in range(num_kv_heads):
-            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-            k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
-            k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
-            for chunk, first in _chunks(span, block_size * block_counts, size):
-                index = chunk, utils.head_slice(head, group_size)
-                q_chunk = q[index].to(acc).contiguous()
-                o_cmp, lse_cmp, indices = _compress_and_choose(
-                    q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
+
+    def of_head(span: utils.Span, head: int) -> None:
+        k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+        k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+        k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
+        for chunk, first in _chunks(span, block_size * block_counts, size):
+            index = chunk, utils.head_slice(head, group_size)
+            q_chunk = q[index].to(acc).contiguous()
+            o_cmp, lse_cmp, indices = _compress_and_choose(
+                q_chunk, k_cmp, v_cmp, first, block_size, block_counts, softmax_scale
+            )
+            if _selects_all(first, block_size, block_counts):
+                o_slc, lse_slc = sliding_window.window_forward(
+                    q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
                 )
-                if _selects_all(first, block_size, block_counts):
-                    o_slc, lse_slc = sliding_window.window_forward(
-                        q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
-                    )
-                elif first + len(q_chunk) <= selection.MASKED_BLOCKS * block_size * block_counts:
-                    o_slc, lse_slc = selection.selection_forward_masked(
-                        q_chunk, k_head, v_head, indices, first, block_size, softmax_scale
-                    )
-                else:
-                    o_slc, lse_slc = selection.selection_forward(
-                        q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
-                    )
-                o_swa, lse_swa = sliding_window.window_forward(
-                    q_chunk, k_head, v_head, first, window_size, softmax_scale
+            elif first + len(q_chunk) <= selection.MASKED_BLOCKS * block_size * block_counts:
+                o_slc, lse_slc = selection.selection_forward_masked(
+                    q_chunk, k_head, v_head, indices, first, block_size, softmax_scale
                 )
-                if save:
-                    o_slc_all[index], indices_all[chunk, head] = o_slc, indices
-                    for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
-                        lse_all[branch][index] = lse
-                for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
-                    branch.mul_(gate[index][..., None])
-                o[index] = o_cmp.add_(o_slc).add_(o_swa)
+            else:
+                o_slc, lse_slc = selection.selection_forward(
+                    q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
+                )
+            o_swa, lse_swa = sliding_window.window_forward(q_chunk, k_head, v_head, first, window_size, softmax_scale)
+            if save:
+                o_slc_all[index], indices_all[chunk, head] = o_slc, indices
+                for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
+                    lse_all[branch][index] = lse
+            for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
+                branch.mul_(gate[index][..., None])
+            o[index] = o_cmp.add_(o_slc).add_(o_swa)
+
+    utils.for_each_head(of_head, q, num_kv_heads, lengths)
     if save:
         return o, indices_all, [o_slc_all], list(lse_all)
     return o, None, [], []
@@ -91,48 +92,51 @@ def backward(
     (o_slc,), (lse_cmp, lse_slc, lse_swa) = outputs, lses
     group_size = q.shape[1] // k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2]), selection.Scratch()
+    at_once = utils.heads_at_once(q, k.shape[1], lengths)
+    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2], at_once), selection.Scratch()
     dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
     )
-    for span in lengths.spans():
-        for head in range(k.shape[1]):
-            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-            k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
-            dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-            k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
-            dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
-            # The branches add into the same memory; a window never reaches the padding of the last block.
-            dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
-            for chunk, first in _chunks(span, block_size * block_counts, size):
-                index = chunk, utils.head_slice(head, group_size)
-                q_chunk, do_chunk = q[index].to(acc), do[index].to(acc)
-                gate_cmp, gate_slc, gate_swa = (gate[index].to(acc) for gate in (g_cmp, g_slc, g_swa))
-                dq_cmp, dg_cmp[index] = compression.compression_backward(
-                    q_chunk, k_cmp, v_cmp, do_chunk, lse_cmp[index], dk_cmp, dv_cmp,
-                    first, block_size, softmax_scale, gate_cmp,
+
+    def of_head(span: utils.Span, head: int) -> None:
+        k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+        k_cmp, v_cmp = (compression.pool_blocks(x, block_size) for x in (k_head, v_head))
+        dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+        k_blocks, v_blocks = (selection.Blocks(x, block_size) for x in (k_head, v_head))
+        dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
+        # The branches add into the same memory; a window never reaches the padding of the last block.
+        dk_head, dv_head = (x.flatten(0, 1)[: span.num_keys] for x in (dk_blocks, dv_blocks))
+        for chunk, first in _chunks(span, block_size * block_counts, size):
+            index = chunk, utils.head_slice(head, group_size)
+            q_chunk, do_chunk = q[index].to(acc), do[index].to(acc)
+            gate_cmp, gate_slc, gate_swa = (gate[index].to(acc) for gate in (g_cmp, g_slc, g_swa))
+            dq_cmp, dg_cmp[index] = compression.compression_backward(
+                q_chunk, k_cmp, v_cmp, do_chunk, lse_cmp[index], dk_cmp, dv_cmp,
+                first, block_size, softmax_scale, gate_cmp,
+            )  # fmt: skip
+            if _selects_all(first, block_size, block_counts):
+                dq_slc, dg_slc[index] = sliding_window.window_backward(
+                    q_chunk, k_head, v_head, do_chunk, lse_slc[index], dk_head, dv_head,
+                    first, block_size * block_counts, softmax_scale, gate_slc,
                 )  # fmt: skip
-                if _selects_all(first, block_size, block_counts):
-                    dq_slc, dg_slc[index] = sliding_window.window_backward(
-                        q_chunk, k_head, v_head, do_chunk, lse_slc[index], dk_head, dv_head,
-                        first, block_size * block_counts, softmax_scale, gate_slc,
-                    )  # fmt: skip
-                else:
-                    delta = (o_slc[index] * do_chunk).sum(-1)
-                    dg_slc[index] = delta
-                    dq_slc = selection.selection_backward(
-                        q_chunk, k_blocks, v_blocks, indices[chunk, head], do_chunk, lse_slc[index], delta,
-                        dk_blocks, dv_blocks, first, softmax_scale, scratch, gate_slc,
-                    )  # fmt: skip
-                dq_swa, dg_swa[index] = sliding_window.window_backward(
-                    q_chunk, k_head, v_head, do_chunk, lse_swa[index], dk_head, dv_head,
-                    first, window_size, softmax_scale, gate_swa,
+            else:
+                delta = (o_slc[index] * do_chunk).sum(-1)
+                dg_slc[index] = delta
+                dq_slc = selection.selection_backward(
+                    q_chunk, k_blocks, v_blocks, indices[chunk, head], do_chunk, lse_slc[index], delta,
+                    dk_blocks, dv_blocks, first, softmax_scale, scratch, gate_slc,
                 )  # fmt: skip
-                dq[index] = dq_cmp.add_(dq_slc).add_(dq_swa)
-            compression.unpool_blocks_(dk_head, dk_cmp, block_size)
-            compression.unpool_blocks_(dv_head, dv_cmp, block_size)
-            dk[span.k_start : span.k_end, head] = dk_head
-            dv[span.k_start : span.k_end, head] = dv_head
+            dq_swa, dg_swa[index] = sliding_window.window_backward(
+                q_chunk, k_head, v_head, do_chunk, lse_swa[index], dk_head, dv_head,
+                first, window_size, softmax_scale, gate_swa,
+            )  # fmt: skip
+            dq[index] = dq_cmp.add_(dq_slc).add_(dq_swa)
+        compression.unpool_blocks_(dk_head, dk_cmp, block_size)
+        compression.unpool_blocks_(dv_head, dv_cmp, block_size)
+        dk[span.k_start : span.k_end, head] = dk_head
+        dv[span.k_start : span.k_end, head] = dv_head
+
+    utils.for_each_head(of_head, q, k.shape[1], lengths)
     return dq, dk, dv, dg_cmp, dg_slc, dg_swa
 
 

@@ -159,18 +159,18 @@ class _CompressionFunction(torch.autograd.Function):
         acc = utils.accumulate_dtype(q.dtype)
         o = torch.zeros_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_cmp = pool_blocks(utils.kv_head(k, span, head), block_size)
-                v_cmp = pool_blocks(utils.kv_head(v, span, head), block_size)
-                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
-                    index = chunk, utils.head_slice(head, group_size)
-                    o_chunk, lse_chunk = o[index], lse[index]
-                    for rows, probs, tile_lse in probability_tiles(
-                        q[index].to(acc), k_cmp, first, block_size, softmax_scale
-                    ):
-                        o_chunk[rows] = probs @ v_cmp[: probs.shape[-1]]
-                        lse_chunk[rows] = tile_lse
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_cmp, v_cmp = (pool_blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
+                index = chunk, utils.head_slice(head, group_size)
+                o_chunk, lse_chunk = o[index], lse[index]
+                tiles = probability_tiles(q[index].to(acc), k_cmp, first, block_size, softmax_scale)
+                for rows, probs, tile_lse in tiles:
+                    o_chunk[rows] = probs @ v_cmp[: probs.shape[-1]]
+                    lse_chunk[rows] = tile_lse
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, lse)
         ctx.args = lengths, block_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -185,21 +185,23 @@ class _CompressionFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                k_cmp, v_cmp = pool_blocks(k_head, block_size), pool_blocks(v_head, block_size)
-                dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
-                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
-                    index = chunk, utils.head_slice(head, group_size)
-                    dq[index], _ = compression_backward(
-                        q[index].to(acc), k_cmp, v_cmp, do[index].to(acc), lse[index], dk_cmp, dv_cmp,
-                        first, block_size, softmax_scale,
-                    )  # fmt: skip
-                for dx, d_pooled in ((dk, dk_cmp), (dv, dv_cmp)):
-                    d_head = torch.zeros_like(k_head)
-                    unpool_blocks_(d_head, d_pooled, block_size)
-                    dx[span.k_start : span.k_end, head] = d_head
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+            k_cmp, v_cmp = pool_blocks(k_head, block_size), pool_blocks(v_head, block_size)
+            dk_cmp, dv_cmp = torch.zeros_like(k_cmp), torch.zeros_like(v_cmp)
+            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
+                index = chunk, utils.head_slice(head, group_size)
+                dq[index], _ = compression_backward(
+                    q[index].to(acc), k_cmp, v_cmp, do[index].to(acc), lse[index], dk_cmp, dv_cmp,
+                    first, block_size, softmax_scale,
+                )  # fmt: skip
+            for dx, d_pooled in ((dk, dk_cmp), (dv, dv_cmp)):
+                d_head = torch.zeros_like(k_head)
+                unpool_blocks_(d_head, d_pooled, block_size)
+                dx[span.k_start : span.k_end, head] = d_head
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None
 
 
@@ -321,19 +323,19 @@ def select_blocks(
         return _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale)
 
 
-@torch.no_grad()
 def _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale):
     group_size = q.shape[1] // k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
     indices = torch.empty(q.shape[0], k.shape[1], block_counts, dtype=torch.int32, device=q.device)
-    for span in lengths.spans():
-        for head in range(k.shape[1]):
-            k_cmp = pool_blocks(utils.kv_head(k, span, head), block_size)
-            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
-                q_chunk = q[chunk, utils.head_slice(head, group_size)].to(acc)
-                out = indices[chunk, head]
-                for rows, probs, _ in probability_tiles(q_chunk, k_cmp, first, block_size, softmax_scale):
-                    out[rows] = choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
+
+    def of_head(span: utils.Span, head: int) -> None:
+        k_cmp = pool_blocks(utils.kv_head(k, span, head), block_size)
+        for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
+            q_chunk, out = q[chunk, utils.head_slice(head, group_size)].to(acc), indices[chunk, head]
+            for rows, probs, _ in probability_tiles(q_chunk, k_cmp, first, block_size, softmax_scale):
+                out[rows] = choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
+
+    utils.for_each_head(of_head, q, k.shape[1], lengths)
     return indices
 
 

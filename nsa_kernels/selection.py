@@ -5,12 +5,17 @@
 Native Sparse Attention (arXiv:2502.11089), equations 11 and 12.
 
 Fetching 2 * B rows of k and v for every (token, block) pair is bound by memory, so the loop runs the other way round.
-For a chunk of query tokens and one key/value head, the pairs are sorted by block and cut into tiles of a few tokens
-that all selected the same block. A batched product of tiles with their blocks gives, per pair and query head, an
-unnormalised output and its softmax state (maximum, sum); a weighted gather then adds up the pairs of each token.
-Every shape is known beforehand on a GPU, so nothing waits for it, and every sum has a fixed order.
+For a chunk of query tokens and one key/value head, the pairs are sorted by block, and taken a tile at a time: tokens
+that all selected one block. Two products of the tile with the block give, per pair and query head, an unnormalised
+output and its softmax state (maximum, log-sum-exp); a weighted gather then adds up the pairs of each token.
+
+On a CPU a tile is every pair of a block, and the block's keys are read where they lie. Elsewhere tiles have one size,
+so that a batch of them is one product; every shape is known beforehand, so nothing waits for the device. Every sum has
+a fixed order.
 """
 
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -22,45 +27,59 @@ from . import dense, operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
+# Rows of a batch of whole runs: few calls, and 2 MB of scores.
+_ROWS_AT_ONCE = 8192
 # Up to so many times the keys that are selected, scores for all keys are faster than gathering.
 MASKED_BLOCKS = 2
 # Query tokens that `selection_forward_masked` takes at a time.
 _MASKED_TOKENS = 256
 
 
-class _Tiles(NamedTuple):
-    """Pairs of (token, block) of a chunk, sorted by block and cut into tiles of one block each."""
+class _Pairs(NamedTuple):
+    """Pairs of (token, block) of a chunk, sorted: runs of each block, runs of each own block, what does not count.
 
-    tokens: Tensor  # (tiles, tile_size): token of each pair, 0 where a tile is not full
-    inside: Tensor  # (tiles, tile_size), bool: False where a tile is not full
-    blocks: Tensor  # (tiles,): key block of each tile
-    slots: Tensor  # (tokens, block_counts): where a pair, or one of its token that counts, lies in tokens.flatten()
+    Pairs of a token and its own block are by themselves because only they need the causal mask.
+    """
+
+    order: Tensor  # (pairs,): which pair of block_indices.flatten() is in this place
+    run: Tensor  # (pairs,), ascending: block, num_blocks + own block, or 2 * num_blocks where the pair does not count
+    starts: Tensor  # (2 * num_blocks + 1,): where each run begins, and where the last one ends
     counted: Tensor  # (tokens, block_counts), bool: pairs that count
-    first_own: int  # tiles before this one hold no pair of a token and its own block, so they need no causal mask
+
+
+class _Batch(NamedTuple):
+    """Some pairs of a chunk, as tiles of tokens that all selected one block; their rows are their query heads."""
+
+    slots: slice  # where the outputs of its pairs go
+    tokens: Tensor  # (pairs,), 0 for a pair that is none
+    is_pair: Tensor | None  # (pairs,), bool: False where a tile is not full; None where all are
+    blocks: Tensor | list[tuple[int, slice]]  # (tiles,) of equal tiles, or each tile's block and rows
+    mask: Tensor | None  # (pairs, 1, B): -inf where it hides a key from a pair, 0 elsewhere; None hides none
 
 
 class Scratch:
-    """Memory that is reused from one use to the next: fresh pages cost as much as the arithmetic."""
+    """Memory that each thread reuses from one use to the next: fresh pages cost as much as the arithmetic."""
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """An uninitialised tensor with the dtype and device of ``like``; valid until the next call with this name."""
-        numel = torch.Size(shape).numel()
-        if name not in self._buffers or self._buffers[name].numel() < numel:
-            self._buffers.pop(name, None)  # freed before the larger one is allocated
-            self._buffers[name] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
-        return self._buffers[name][:numel].view(shape)
+        numel, key = torch.Size(shape).numel(), (name, threading.get_ident())
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers.pop(key, None)  # freed before the larger one is allocated
+            self._buffers[key] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
+        return self._buffers[key][:numel].view(shape)
 
     def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
-        """x[rows], in such memory."""
-        return torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
+        """x (tokens, group_size[, dim]), rows (pairs,) -> (pairs * group_size, dim or 1), in such memory."""
+        taken = torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
+        return taken.view(len(rows) * x.shape[1], -1)
 
 
-def chunk_tokens(block_counts: int, group_size: int, head_dim: int) -> int:
-    """Query tokens per chunk, so that the outputs of their pairs stay within a fixed size."""
-    return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
+def chunk_tokens(block_counts: int, group_size: int, head_dim: int, at_once: int = 1) -> int:
+    """Query tokens per chunk, so that the outputs of their pairs, for all chunks at once, stay within a fixed size."""
+    return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (at_once * block_counts * group_size * head_dim)))
 
 
 class Blocks:
@@ -85,73 +104,133 @@ class Blocks:
         """(num_blocks, size, head_dim), for gradients."""
         return self.whole.new_zeros(len(self), *self.whole.shape[1:])
 
-    def fetch(self, blocks: Tensor, scratch: Scratch, name: str) -> Tensor:
-        """(tiles,) -> (tiles, size, head_dim) in the scratch's memory, of the blocks of `_Tiles`."""
+    def __getitem__(self, block: int) -> Tensor:
+        """(size, head_dim), a view."""
+        return self.whole[block] if block < len(self.whole) else self.last[0]
+
+    def fetch(self, blocks: Tensor) -> Tensor:
+        """(tiles,) -> (tiles, size, head_dim), a copy."""
+        if not len(self.last):
+            return self.whole[blocks]
         if not len(self.whole):
-            return scratch.take_rows(name, self.last, blocks)
-        num_whole = len(self.whole)
-        if not len(self.last) or (utils.reading_is_free(blocks.device) and blocks[-1] < num_whole):  # the last is last
-            return scratch.take_rows(name, self.whole, blocks)
-        taken = scratch.take_rows(name, self.whole, blocks.clamp(max=num_whole - 1))
-        return torch.where((blocks == num_whole)[:, None, None], self.last, taken, out=taken)
+            return self.last[blocks]
+        taken = self.whole[blocks.clamp(max=len(self.whole) - 1)]
+        return torch.where((blocks == len(self.whole))[:, None, None], self.last, taken)
 
 
-def _make_tiles(block_indices: Tensor, first: int, block_size: int, num_blocks: int) -> _Tiles:
-    tokens, block_counts = block_indices.shape
-    device, pairs = block_indices.device, block_indices.numel()
+def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: int) -> _Pairs:
+    tokens, device = block_indices.shape[0], block_indices.device
     own = torch.arange(first, first + tokens, device=device)[:, None] // block_size
     counted = (block_indices >= 0) & (block_indices <= own)
-    # Runs of equal key: one per block, then one per own block, then the pairs that do not count.
-    key = torch.where(block_indices == own, block_indices + num_blocks, block_indices)
-    key = key.masked_fill(~counted, 2 * num_blocks).flatten()
-    key, order = key.sort(stable=True)
-    run_start = torch.searchsorted(key, torch.arange(2 * num_blocks + 1, device=device, dtype=key.dtype))
-    run_length = run_start.diff()
+    run = torch.where(block_indices == own, block_indices + num_blocks, block_indices)
+    run, order = run.masked_fill(~counted, 2 * num_blocks).flatten().sort(stable=True)
+    starts = torch.searchsorted(run, torch.arange(2 * num_blocks + 1, device=device, dtype=run.dtype))
+    return _Pairs(order, run, starts, counted)
+
+
+def _make_batches(
+    pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int
+) -> tuple[Iterator[_Batch], int, Tensor]:
+    """Batches of all pairs; how many slots they fill; slots (tokens, block_counts): where the output of a pair goes."""
+    make = _whole_runs if utils.reading_is_free(q.device) else _equal_tiles
+    batches, num_slots, slots = make(pairs, q, block_size, num_blocks, first)
+    slots = torch.empty_like(pairs.order).scatter_(0, pairs.order, slots).view_as(pairs.counted)
+    # A pair that does not count stands for one of the same token that does: its weight is 0, and 0 times nan is nan.
+    stand_in = slots.gather(1, pairs.counted.int().argmax(1, keepdim=True))
+    slots = torch.where(pairs.counted, slots, stand_in).masked_fill_(~pairs.counted.any(1, keepdim=True), 0)
+    return batches, num_slots, slots
+
+
+def _whole_runs(pairs, q, block_size, num_blocks, first):
+    """`_make_batches` with one tile for each run."""
+    starts, tokens = pairs.starts.tolist(), pairs.order // pairs.counted.shape[1]
+    group_size = q.shape[1]
+
+    def batches():
+        run = 0
+        while run < 2 * num_blocks:
+            start, end = run, num_blocks if run < num_blocks else 2 * num_blocks
+            run += 1
+            while run < end and (starts[run + 1] - starts[start]) * group_size <= _ROWS_AT_ONCE:
+                run += 1
+            slots = slice(starts[start], starts[run])
+            edges = (
+                (each % num_blocks, starts[each] - slots.start, starts[each + 1] - slots.start)
+                for each in range(start, run)
+            )
+            blocks = [(block, slice(i * group_size, j * group_size)) for block, i, j in edges if i < j]
+            if blocks:
+                mask, rows = None, tokens[slots]
+                if start >= num_blocks:
+                    mask = _causal_mask(rows, pairs.run[slots] - num_blocks, block_size, first, q)
+                yield _Batch(slots, rows, None, blocks, mask)
+
+    return batches(), starts[-1], torch.arange(len(tokens))
+
+
+def _equal_tiles(pairs, q, block_size, num_blocks, first):
+    """`_make_batches` with tiles of one size, some of them not full, and shapes that depend on nothing but shapes."""
+    block_counts, num_pairs, device = pairs.counted.shape[1], len(pairs.order), q.device
     # Half-empty tiles waste work and small ones waste bandwidth: take about a quarter of the average run.
-    tile_size = min(32, max(4, pairs // (4 * num_blocks)))
-    run_tiles = (run_length + tile_size - 1) // tile_size
+    size = min(32, max(4, num_pairs // (4 * num_blocks)))
+    run_tiles = (pairs.starts.diff() + size - 1) // size
     tile_end = run_tiles.cumsum(0)
     tile_start = tile_end - run_tiles
-    if utils.reading_is_free(device):
-        num_tiles, first_own = max(1, int(tile_end[-1])), int(tile_end[num_blocks - 1])
-    else:  # an upper bound, because asking for the number would wait for the device
-        num_tiles, first_own = pairs // tile_size + min(2 * num_blocks, pairs), 0
+    num_tiles = num_pairs // size + min(2 * num_blocks, num_pairs)  # or less: asking would wait for the device
     tile = torch.arange(num_tiles, device=device)
     run = torch.searchsorted(tile_end, tile, right=True).clamp_max_(2 * num_blocks - 1)
-    sorted_pair = (run_start[run] + (tile - tile_start[run]) * tile_size)[:, None]
-    sorted_pair = sorted_pair + torch.arange(tile_size, device=device)
-    inside = sorted_pair < run_start[run + 1][:, None]
-    tile_tokens = (order[sorted_pair.clamp_max_(pairs - 1)] // block_counts).masked_fill_(~inside, 0)
-    pair_run = key.clamp_max(2 * num_blocks - 1).long()
-    slot = tile_start[pair_run] * tile_size + torch.arange(pairs, device=device) - run_start[pair_run]
-    slots = torch.empty_like(slot).scatter_(0, order, slot).view(tokens, block_counts).masked_fill_(~counted, 0)
-    # A pair that does not count stands for one of the same token that does: its weight is 0, and 0 times nan is nan.
-    slots = torch.where(counted, slots, slots.gather(1, counted.int().argmax(1, keepdim=True)))
-    return _Tiles(tile_tokens, inside, run % num_blocks, slots, counted, first_own)
+    place = (pairs.starts[run] + (tile - tile_start[run]) * size)[:, None] + torch.arange(size, device=device)
+    is_pair = place < pairs.starts[run + 1][:, None]
+    tokens = (pairs.order[place.clamp_max_(num_pairs - 1)] // block_counts).masked_fill_(~is_pair, 0)
+    pair_run = pairs.run.clamp_max(2 * num_blocks - 1).long()
+    slots = tile_start[pair_run] * size + torch.arange(num_pairs, device=device) - pairs.starts[pair_run]
+
+    def batches():
+        step = utils.tile_tokens(size * q.shape[1] * (q.shape[2] + block_size), device)
+        for start in range(0, num_tiles, step):
+            tiles = slice(start, min(start + step, num_tiles))
+            rows, blocks = tokens[tiles].flatten(), run[tiles] % num_blocks
+            mask = _causal_mask(rows, blocks.repeat_interleave(size), block_size, first, q)
+            yield _Batch(slice(start * size, tiles.stop * size), rows, is_pair[tiles].flatten(), blocks, mask)
+
+    return batches(), num_tiles * size, slots
 
 
-def _gather_rows(x: Tensor, rows: Tensor, scratch: Scratch, name: str) -> Tensor:
-    """x (tokens, group_size[, dim]), rows (tiles, tile_size) -> (tiles, tile_size * group_size, dim or 1)."""
-    return scratch.take_rows(name, x, rows.flatten()).view(rows.shape[0], rows.shape[1] * x.shape[1], -1)
+def _causal_mask(tokens: Tensor, blocks: Tensor, block_size: int, first: int, like: Tensor) -> Tensor:
+    """(pairs, 1, block_size) of -inf at keys after the token and 0 elsewhere."""
+    key = blocks[:, None] * block_size + torch.arange(block_size, device=like.device)
+    hidden = key > (tokens + first)[:, None]
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _batches(q: Tensor, k_blocks: Blocks, tiles: _Tiles, first: int):
-    """Batches of (slice of tiles, rows (tiles, tile_size), mask to add to their scores or None).
+def _scores(q_rows: Tensor, k_blocks: Blocks, batch: _Batch, scratch: Scratch) -> Tensor:
+    """Products of each row with the keys of its block, masked: (rows, B)."""
+    scores = _times(q_rows, k_blocks, batch, scratch.take("scores", (len(q_rows), k_blocks.size), q_rows), of_dims=True)
+    if batch.mask is not None:
+        scores.view(len(batch.tokens), -1, k_blocks.size).add_(batch.mask)
+    return scores
 
-    The mask (.., tile_size, 1, B) hides keys after the row from it, in tiles of rows and their own block.
-    """
-    _, group_size, head_dim = q.shape
-    num_tiles, tile_size = tiles.tokens.shape
-    step = utils.tile_tokens(tile_size * group_size * (head_dim + k_blocks.size), q.device)
-    offset = torch.arange(k_blocks.size, device=q.device)
-    for start in range(0, num_tiles, step):
-        batch = slice(start, min(start + step, num_tiles))
-        rows, mask = tiles.tokens[batch], None
-        if batch.stop > tiles.first_own:
-            key = tiles.blocks[batch, None] * k_blocks.size + offset
-            hidden = key[:, None] > (rows + first)[:, :, None]
-            mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, :, None]
-        yield batch, rows, mask
+
+def _times(rows: Tensor, blocks: Blocks, batch: _Batch, out: Tensor, of_dims: bool = False) -> Tensor:
+    """out = each row times its block (B, head_dim): sums over B, or over head_dim."""
+    if isinstance(batch.blocks, Tensor):
+        tiles, fetched = len(batch.blocks), blocks.fetch(batch.blocks)
+        rows, target = (x.view(tiles, -1, x.shape[1]) for x in (rows, out))
+        torch.bmm(rows, fetched.mT if of_dims else fetched, out=target)
+    else:
+        for block, part in batch.blocks:
+            torch.mm(rows[part], blocks[block].T if of_dims else blocks[block], out=out[part])
+    return out
+
+
+def _add_products_(target: Tensor, left: Tensor, right: Tensor, batch: _Batch) -> None:
+    """target (num_blocks, B, head_dim)[block] += left^T right, for left (rows, B) and right (rows, head_dim)."""
+    if isinstance(batch.blocks, Tensor):
+        left, right = (x.view(len(batch.blocks), -1, x.shape[1]) for x in (left, right))
+        utils.add_rows_(target, batch.blocks, left.mT @ right)
+    else:
+        for block, part in batch.blocks:
+            target[block].addmm_(left[part].T, right[part])
 
 
 def selection_forward(
@@ -171,29 +250,30 @@ def selection_forward(
         block_indices: (tokens, block_counts), distinct within a token; -1 and blocks after the token are ignored.
     """
     group_size, head_dim = q.shape[1:]
-    tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
-    num_tiles, tile_size = tiles.tokens.shape
-    partial = scratch.take("partial", (num_tiles, tile_size * group_size, head_dim), q)
-    partial_lse = q.new_empty(num_tiles, tile_size * group_size)
-    for batch, rows, mask in _batches(q, k_blocks, tiles, first):
-        blocks = tiles.blocks[batch]
-        if mask is not None:
-            mask = mask.expand(-1, -1, group_size, -1).flatten(1, 2)[:, None]
-        o, lse = dense.attend(
-            _gather_rows(q, rows, scratch, "q")[:, None],
-            k_blocks.fetch(blocks, scratch, "k")[:, None],
-            v_blocks.fetch(blocks, scratch, "v")[:, None],
-            softmax_scale,
-            mask,
-        )
-        partial[batch], partial_lse[batch] = o[:, 0], lse[:, 0]
+    pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
+    batches, num_slots, slots = _make_batches(pairs, q, k_blocks.size, len(k_blocks), first)
+    # With a row even where there is no pair: tokens without blocks point at it.
+    partial = scratch.take("partial", (max(1, num_slots) * group_size, head_dim), q)
+    maximum, log_sum = (q.new_zeros(max(1, num_slots) * group_size) for _ in range(2))
+    if not num_slots:
+        partial.zero_()
+    lowest, q = torch.finfo(q.dtype).min, q * softmax_scale
+    for batch in batches:
+        scores = _scores(scratch.take_rows("q", q, batch.tokens), k_blocks, batch, scratch)
+        # A finite maximum keeps nan out of the rows of a tile that is not full.
+        row_max = scores.amax(1, keepdim=True).clamp_min_(lowest)
+        probs = scores.sub_(row_max).exp_()
+        rows = slice(batch.slots.start * group_size, batch.slots.stop * group_size)
+        maximum[rows], log_sum[rows] = row_max[:, 0], probs.sum(1).log_()
+        _times(probs, v_blocks, batch, partial[rows])
 
     # Each token's pairs, weighted by their share of its softmax: (tokens, block_counts, group_size).
-    weights = partial_lse.view(-1, group_size)[tiles.slots].masked_fill_(~tiles.counted[..., None], -torch.inf)
-    lse = weights.logsumexp(1)
-    # Of a token without pairs all weights are exp(-inf - 0).
-    weights.sub_(lse.masked_fill(lse.isneginf(), 0.0)[:, None]).exp_()
-    return _add_pairs(partial, tiles.slots, group_size, weights), lse
+    maximum, log_sum = (x.view(-1, group_size)[slots] for x in (maximum, log_sum))
+    lse = (maximum + log_sum).masked_fill_(~pairs.counted[..., None], -torch.inf).logsumexp(1)
+    # Of a token without pairs all weights are 0.
+    shift = lse.masked_fill(lse.isneginf(), 0.0)[:, None]
+    weights = maximum.sub_(shift).exp_().masked_fill_(~pairs.counted[..., None], 0.0)
+    return _add_pairs(partial, slots, group_size, weights), lse
 
 
 def selection_forward_masked(
@@ -255,32 +335,31 @@ def selection_backward(
         do: like q; lse, gate, delta: (tokens, group_size), delta the sum of o * do over head_dim.
     """
     group_size, head_dim = q.shape[1:]
-    tiles = _make_tiles(block_indices, first, k_blocks.size, len(k_blocks))
-    num_tiles, tile_size = tiles.tokens.shape
-    partial = scratch.take("partial", (num_tiles, tile_size * group_size, head_dim), q)
-    for batch, rows, mask in _batches(q, k_blocks, tiles, first):
-        blocks, q_rows = tiles.blocks[batch], _gather_rows(q, rows, scratch, "q")
-        k_rows, v_rows = k_blocks.fetch(blocks, scratch, "k"), v_blocks.fetch(blocks, scratch, "v")
-        scores = (q_rows @ k_rows.mT).mul_(softmax_scale)
-        if mask is not None:
-            scores.view(*rows.shape, group_size, -1).add_(mask)
-        # Rows without a pair repeat token 0 of the chunk: an infinite lse makes their probabilities 0.
-        lse_rows = (
-            _gather_rows(lse, rows, scratch, "lse")
-            .view(*rows.shape, -1)
-            .masked_fill(~tiles.inside[batch, :, None], torch.inf)
+    pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
+    batches, num_slots, slots = _make_batches(pairs, q, k_blocks.size, len(k_blocks), first)
+    partial = scratch.take("partial", (max(1, num_slots) * group_size, head_dim), q)
+    if not num_slots:
+        partial.zero_()
+    q = q * softmax_scale  # for scores, and with it for dk
+    for batch in batches:
+        q_rows, do_rows, lse_rows, delta_rows = (
+            scratch.take_rows(name, x, batch.tokens)
+            for name, x in (("q", q), ("do", do), ("lse", lse), ("delta", delta))
         )
-        probs = scores.sub_(lse_rows.view(len(rows), -1, 1)).exp_()
-        do_rows = _gather_rows(do, rows, scratch, "do")
-        dscores = do_rows @ v_rows.mT
+        if batch.is_pair is not None:
+            # Rows without a pair repeat token 0 of the chunk: an infinite lse makes their probabilities 0.
+            lse_rows.view(-1, group_size).masked_fill_(~batch.is_pair[:, None], torch.inf)
+        probs = _scores(q_rows, k_blocks, batch, scratch).sub_(lse_rows).exp_()
+        dscores = _times(do_rows, v_blocks, batch, scratch.take("dscores", probs.shape, q), of_dims=True)
         if gate is not None:
-            probs.mul_(_gather_rows(gate, rows, scratch, "gate"))
-        utils.add_rows_(dv_blocks, blocks, probs.mT @ do_rows)
-        dscores = dscores.sub_(_gather_rows(delta, rows, scratch, "delta")).mul_(probs).mul_(softmax_scale)
-        utils.add_rows_(dk_blocks, blocks, dscores.mT @ q_rows)
-        torch.bmm(dscores, k_rows, out=partial[batch])
-    weights = tiles.counted[..., None].expand(-1, -1, group_size).to(q.dtype)
-    return _add_pairs(partial, tiles.slots, group_size, weights)
+            probs.mul_(scratch.take_rows("gate", gate, batch.tokens))
+        _add_products_(dv_blocks, probs, do_rows, batch)
+        dscores.sub_(delta_rows).mul_(probs)
+        _add_products_(dk_blocks, dscores, q_rows, batch)
+        rows = slice(batch.slots.start * group_size, batch.slots.stop * group_size)
+        _times(dscores, k_blocks, batch, partial[rows])
+    weights = pairs.counted[..., None].to(q.dtype).mul_(softmax_scale).expand(-1, -1, group_size)
+    return _add_pairs(partial, slots, group_size, weights)
 
 
 class _SelectionFunction(torch.autograd.Function):
@@ -288,18 +367,20 @@ class _SelectionFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, block_indices, lengths, block_size, softmax_scale):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
-        size, scratch = chunk_tokens(block_indices.shape[2], group_size, q.shape[2]), Scratch()
+        size = chunk_tokens(block_indices.shape[2], group_size, q.shape[2], utils.heads_at_once(q, k.shape[1], lengths))
+        scratch = Scratch()
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
-                for chunk, first in utils.query_chunks(span, size):
-                    index = chunk, utils.head_slice(head, group_size)
-                    o[index], lse[index] = selection_forward(
-                        q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head],
-                        first, softmax_scale, scratch,
-                    )  # fmt: skip
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+            for chunk, first in utils.query_chunks(span, size):
+                index = chunk, utils.head_slice(head, group_size)
+                o[index], lse[index] = selection_forward(
+                    q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head], first, softmax_scale, scratch
+                )
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, block_indices, o, lse)
         ctx.args = lengths, block_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -313,21 +394,24 @@ class _SelectionFunction(torch.autograd.Function):
         lengths, block_size, softmax_scale = ctx.args
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
-        size, scratch = chunk_tokens(block_indices.shape[2], group_size, q.shape[2]), Scratch()
+        size = chunk_tokens(block_indices.shape[2], group_size, q.shape[2], utils.heads_at_once(q, k.shape[1], lengths))
+        scratch = Scratch()
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
-                dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
-                for chunk, first in utils.query_chunks(span, size):
-                    index = chunk, utils.head_slice(head, group_size)
-                    do_chunk = do[index].to(acc)
-                    dq[index] = selection_backward(
-                        q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head], do_chunk, lse[index],
-                        (o[index] * do_chunk).sum(-1), dk_blocks, dv_blocks, first, softmax_scale, scratch,
-                    )  # fmt: skip
-                dk[span.k_start : span.k_end, head] = dk_blocks.flatten(0, 1)[: span.num_keys]
-                dv[span.k_start : span.k_end, head] = dv_blocks.flatten(0, 1)[: span.num_keys]
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_blocks, v_blocks = (Blocks(utils.kv_head(x, span, head), block_size) for x in (k, v))
+            dk_blocks, dv_blocks = k_blocks.zeros(), v_blocks.zeros()
+            for chunk, first in utils.query_chunks(span, size):
+                index = chunk, utils.head_slice(head, group_size)
+                do_chunk = do[index].to(acc)
+                dq[index] = selection_backward(
+                    q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head], do_chunk, lse[index],
+                    (o[index] * do_chunk).sum(-1), dk_blocks, dv_blocks, first, softmax_scale, scratch,
+                )  # fmt: skip
+            dk[span.k_start : span.k_end, head] = dk_blocks.flatten(0, 1)[: span.num_keys]
+            dv[span.k_start : span.k_end, head] = dv_blocks.flatten(0, 1)[: span.num_keys]
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None, None
 
 

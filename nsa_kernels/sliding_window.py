@@ -8,6 +8,7 @@ this is dense causal attention, which is how the selection branch handles tokens
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,23 +17,39 @@ from torch.autograd.function import once_differentiable
 from . import dense, operators, reference, utils
 
 # Query tokens per tile. A tile computes window_size + tile - 1 columns for window_size useful ones.
-_TILE_TOKENS = {"cpu": 64}
+_TILE_TOKENS = {"cpu": 32}
 _TILE_TOKENS_ACCELERATOR = 256
 
 
-def _tiles(q: Tensor, first: int, window_size: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of (query rows, key rows, band (rows, 1, keys) of 0 inside the window and -inf outside)."""
+class _Tile(NamedTuple):
+    """A tile of queries, or some consecutive ones of equal shape, each with its own range of keys."""
+
+    rows: slice  # of all of them
+    keys: slice  # of the first
+    number: int
+    band: Tensor  # (rows of one, 1, keys of one): 0 inside the window and -inf outside
+
+    def keys_of(self, x: Tensor) -> Tensor:
+        """Keys or values (num_keys, head_dim) -> (number, keys of one, head_dim), a view whose parts overlap."""
+        step, size = self.band.shape[0], self.band.shape[2]
+        return x[self.keys.start : self.keys.stop + (self.number - 1) * step].unfold(0, size, step).mT
+
+
+def _tiles(q: Tensor, first: int, window_size: int, together: bool = False) -> Iterator[_Tile]:
+    """Tiles of the queries at positions first, first + 1, ...; those of equal shape at once, if `together`."""
     tokens, group_size, _ = q.shape
     step = _TILE_TOKENS.get(q.device.type, _TILE_TOKENS_ACCELERATOR)
     step = min(step, utils.tile_tokens(group_size * min(window_size + step, first + tokens), q.device))
-    band = q.new_empty(0, 1, 0)
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        keys = slice(max(0, first + start - window_size + 1), first + rows.stop)
-        shape = rows.stop - start, 1, keys.stop - keys.start
+    band, start = q.new_empty(0, 1, 0), 0
+    while start < tokens:
+        stop = min(start + step, tokens)
+        keys = slice(max(0, first + start - window_size + 1), first + stop)
+        shape = stop - start, 1, keys.stop - keys.start
         if band.shape != shape:  # the band looks the same from tile to tile, once past the start of the sequence
             band = _band(shape[0], shape[2], window_size, q)
-        yield rows, keys, band
+        number = (tokens - start) // step if together and keys.start > 0 and stop - start == step else 1
+        yield _Tile(slice(start, start + number * (stop - start)), keys, number, band)
+        start += number * (stop - start)
 
 
 def _band(rows: int, keys: int, window_size: int, like: Tensor) -> Tensor:
@@ -59,12 +76,12 @@ def window_forward(
         return o[0].transpose(0, 1), lse[0].T
     o = torch.empty_like(q)
     lse = q.new_empty(q.shape[:2])
-    for rows, keys, band in _tiles(q, first, window_size):
+    for tile in _tiles(q, first, window_size, together=dense.is_fused(q)):
         o_rows, lse_rows = dense.attend(
-            q[rows].reshape(1, 1, -1, head_dim), k[None, None, keys], v[None, None, keys], softmax_scale,
-            band.expand(-1, group_size, -1).flatten(0, 1),
+            q[tile.rows].reshape(tile.number, 1, -1, head_dim), tile.keys_of(k)[:, None], tile.keys_of(v)[:, None],
+            softmax_scale, tile.band.expand(-1, group_size, -1).flatten(0, 1),
         )  # fmt: skip
-        o[rows], lse[rows] = o_rows.view_as(o[rows]), lse_rows.view_as(lse[rows])
+        o[tile.rows], lse[tile.rows] = o_rows.view_as(o[tile.rows]), lse_rows.reshape(lse[tile.rows].shape)
     return o, lse
 
 
@@ -88,7 +105,7 @@ def window_backward(
     """
     dq = torch.empty_like(q)
     delta = torch.empty_like(lse)
-    for rows, keys, band in _tiles(q, first, window_size):
+    for rows, keys, _, band in _tiles(q, first, window_size):
         q_rows, do_rows = q[rows].flatten(0, 1), do[rows].flatten(0, 1)
         scores = (q_rows @ (k[keys] * softmax_scale).mT).view(-1, q.shape[1], band.shape[2])
         probs = scores.add_(band).sub_(lse[rows, :, None]).exp_()
@@ -110,14 +127,16 @@ class _WindowFunction(torch.autograd.Function):
         acc = utils.accumulate_dtype(q.dtype)
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
-                    index = chunk, utils.head_slice(head, group_size)
-                    o[index], lse[index] = window_forward(
-                        q[index].to(acc), k_head, v_head, first, window_size, softmax_scale
-                    )
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
+                index = chunk, utils.head_slice(head, group_size)
+                o[index], lse[index] = window_forward(
+                    q[index].to(acc), k_head, v_head, first, window_size, softmax_scale
+                )
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, lse)
         ctx.args = lengths, window_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -132,18 +151,20 @@ class _WindowFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for span in lengths.spans():
-            for head in range(k.shape[1]):
-                k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
-                dk_head, dv_head = torch.zeros_like(k_head), torch.zeros_like(v_head)
-                for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
-                    index = chunk, utils.head_slice(head, group_size)
-                    dq[index], _ = window_backward(
-                        q[index].to(acc), k_head, v_head, do[index].to(acc), lse[index], dk_head, dv_head,
-                        first, window_size, softmax_scale,
-                    )  # fmt: skip
-                dk[span.k_start : span.k_end, head] = dk_head
-                dv[span.k_start : span.k_end, head] = dv_head
+
+        def of_head(span: utils.Span, head: int) -> None:
+            k_head, v_head = utils.kv_head(k, span, head), utils.kv_head(v, span, head)
+            dk_head, dv_head = torch.zeros_like(k_head), torch.zeros_like(v_head)
+            for chunk, first in utils.query_chunks(span, utils.CHUNK_TOKENS):
+                index = chunk, utils.head_slice(head, group_size)
+                dq[index], _ = window_backward(
+                    q[index].to(acc), k_head, v_head, do[index].to(acc), lse[index], dk_head, dv_head,
+                    first, window_size, softmax_scale,
+                )  # fmt: skip
+            dk[span.k_start : span.k_end, head] = dk_head
+            dv[span.k_start : span.k_end, head] = dv_head
+
+        utils.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None
 
 

@@ -10,12 +10,14 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 
 # Query tokens of one sequence that are taken through a branch at a time.
 CHUNK_TOKENS = 2048
+
+# Queries of fewer elements are not worth starting threads for.
+_THREADED_ELEMENTS = 1 << 20
 
 # Temporaries of this many elements stay near a CPU's core; a GPU wants fewer, larger launches.
 _TILE_ELEMENTS = {"cpu": 1 << 19}
@@ -310,6 +315,44 @@ def query_chunks(span: Span, size: int) -> Iterator[tuple[slice, int]]:
     """Consecutive runs of a sequence's queries: their rows of the packed q, and the position of the first of them."""
     for start in range(span.q_start, span.q_end, size):
         yield slice(start, min(start + size, span.q_end)), span.first + start - span.q_start
+
+
+def heads_at_once(q: Tensor, num_kv_heads: int, lengths: SequenceLengths) -> int:
+    """How many key/value heads `for_each_head` takes side by side."""
+    # Whoever watches or replaces operators does so in one thread.
+    if q.device.type != "cpu" or q.numel() < _THREADED_ELEMENTS or is_in_torch_dispatch_mode():
+        return 1
+    if not torch.backends.openmp.is_available():  # a pool of threads that cannot be divided
+        return 1
+    return min(torch.get_num_threads(), num_kv_heads * sum(1 for _ in lengths.spans()))
+
+
+def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: int, lengths: SequenceLengths) -> None:
+    """Call body(span, head) for every sequence and key/value head, without autograd.
+
+    On a CPU, torch's threads are divided among heads: they meet once, and not at the end of every small operation.
+    """
+    jobs = [(span, head) for span in lengths.spans() for head in range(num_kv_heads)]
+    workers = heads_at_once(q, num_kv_heads, lengths)
+    if workers == 1:
+        with torch.no_grad():
+            for job in jobs:
+                body(*job)
+        return
+    threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+
+    def work(job: tuple[Span, int]) -> None:
+        torch.set_num_threads(threads // workers)  # of this thread, and of threads that begin later
+        with torch.inference_mode(is_inference), torch.no_grad():
+            body(*job)
+
+    pool = ThreadPoolExecutor(workers)  # not kept: a process that has threads cannot be forked
+    try:
+        for _ in pool.map(work, jobs):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def reading_is_free(device: torch.device) -> bool:

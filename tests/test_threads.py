@@ -1,0 +1,108 @@
+"""Key/value heads side by side on a CPU: the same results, torch's settings of a thread, whoever watches operators."""
+
+import threading
+
+import pytest
+import torch
+from nsa_cases import Case, assert_all_close, with_gradients
+from torch.utils.flop_counter import FlopCounterMode
+
+from nsa_kernels import attention, compression, selection, sliding_window, utils
+
+CASE = Case((150, 0, 61), (150, 7, 90), heads=(6, 3), block_size=4, block_counts=5, window_size=20)
+SECONDS = 60
+
+
+@pytest.fixture(params=[2, 5, 64], ids="{} threads".format)
+def threads(request, monkeypatch):
+    """So many threads for torch, for inputs of any size."""
+    before = torch.get_num_threads()
+    monkeypatch.setattr(utils, "_THREADED_ELEMENTS", 1)
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def nsa(*inputs):
+    return attention.nsa_attention(*inputs, CASE.lengths, **CASE.nsa, backend="torch")
+
+
+def branches(q, k, v, *_):
+    """The outputs of each branch alone, side by side."""
+    size = {"block_size": CASE.block_size, "backend": "torch"}
+    indices = compression.select_blocks(q, k, CASE.lengths, block_counts=CASE.block_counts, **size)
+    outputs = (
+        compression.compression_attention(q, k, v, CASE.lengths, **size),
+        selection.selection_attention(q, k, v, indices, CASE.lengths, **size),
+        sliding_window.sliding_window_attention(q, k, v, CASE.lengths, window_size=CASE.window_size, backend="torch"),
+    )
+    return torch.cat([o for o, _ in outputs])
+
+
+@pytest.mark.parametrize("function", [nsa, branches])
+def test_results_are_those_of_one_thread(function, threads, monkeypatch):
+    inputs = [*CASE.qkv(torch.float64), *CASE.gates(torch.float64)]
+    actual = with_gradients(function, inputs)
+    monkeypatch.setattr(utils, "_THREADED_ELEMENTS", 1 << 62)
+    assert_all_close(actual, with_gradients(function, inputs), torch.float64)
+
+
+def test_heads_meet_and_have_their_share_of_threads(threads, monkeypatch):
+    """Two heads wait for each other, which two calls one after the other could not."""
+    barrier, shares, first = threading.Barrier(2), set(), iter(range(2))
+    kv_head = utils.kv_head
+
+    def wait(*args):
+        shares.add(torch.get_num_threads())
+        if next(first, None) is not None:
+            barrier.wait(SECONDS)
+        return kv_head(*args)
+
+    monkeypatch.setattr(utils, "kv_head", wait)
+    nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    assert shares == {threads // min(threads, 6)}  # two sequences have queries, of three heads each
+    of_new_thread = []
+    thread = threading.Thread(target=lambda: of_new_thread.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert [torch.get_num_threads(), *of_new_thread] == [threads, threads]
+
+
+def test_an_error_of_a_head_is_raised(threads, monkeypatch):
+    kv_head = utils.kv_head
+
+    def fail(x, span, head):
+        if head == 2:
+            raise RuntimeError("of head 2")
+        return kv_head(x, span, head)
+
+    monkeypatch.setattr(utils, "kv_head", fail)
+    with pytest.raises(RuntimeError, match="of head 2"):
+        nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    assert torch.get_num_threads() == threads
+
+
+def test_inference_mode(threads):
+    inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
+    expected = nsa(*inputs)
+    with torch.inference_mode():
+        o = nsa(*inputs)
+    assert o.is_inference() and torch.equal(o, expected)
+
+
+def test_who_counts_operations_sees_all_of_them(threads, monkeypatch):
+    inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
+    with FlopCounterMode(display=False) as counted:
+        nsa(*inputs)
+    torch.set_num_threads(1)
+    with FlopCounterMode(display=False) as alone:
+        nsa(*inputs)
+    assert counted.get_total_flops() == alone.get_total_flops() > 0
+
+
+def test_a_few_queries_start_no_thread(monkeypatch):
+    """A generated token of a 7B model."""
+    monkeypatch.setattr(utils, "ThreadPoolExecutor", None)
+    lengths = utils.SequenceLengths.from_lengths([1], [3000])
+    q, k = torch.randn(1, 28, 128), torch.randn(3000, 4, 128)
+    attention.nsa_attention(q, k, k, *torch.rand(3, 1, 28), lengths, backend="torch")
