@@ -8,8 +8,11 @@ Eager code does the same with the parts that are here too, and keeps more for ba
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 from operator import itemgetter
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +48,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         wants_weights,
     )
 
-attention, dense, operators = map(kernel_module, ("attention", "dense", "operators"))
+attention, dense, operators, utils = map(kernel_module, ("attention", "dense", "operators", "utils"))
 
 # Attention implementations that need a mask get as many text rows at a time as make this many scores.
 MAX_SCORES = 1 << 26
@@ -63,10 +66,48 @@ def vision_inputs(query: Tensor, key: Tensor, value: Tensor, gates: Tensor, wher
     return *states, *gates.unbind(-1), where.lengths
 
 
-def text_inputs(query: Tensor, key: Tensor, value: Tensor, run: TextRun) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a run of text rows: query (num_heads, rows, head_dim), and the keys and values that its last row sees."""
-    key, value = (states[run.sample][:, run.keys][:, : run.num_keys] for states in (key, value))
-    return query[run.sample, :, run.start : run.stop], key, value
+class TextCall(NamedTuple):
+    """Text rows of one sample that are attended to at once."""
+
+    sample: int
+    rows: slice | Tensor  # among the call's tokens; (rows,)
+    keys: slice | Tensor  # of the sample
+    num_keys: int  # that the last row sees
+    positions: Tensor | None  # (rows,), of the rows among the keys; None: the last ones
+    lengths: list[int]  # rows of each run
+
+
+def text_calls(where: VisionRouting, implementation: str, backend: str, device: torch.device) -> list[TextCall]:
+    """All text rows, in the order of `text_runs`: a call for each run.
+
+    The Triton kernel takes rows from anywhere in a sample, and a launch costs more than a few rows. It gets those of a
+    sample at once, but for a run at the sample's start, which torch does as well.
+    """
+    takes_any = implementation == "sdpa" and utils.resolve_backend(backend, device) == "triton"
+
+    def sample_of(numbered: tuple[int, TextRun]):
+        number, run = numbered
+        # Only where a sample's keys have no padding between them are rows as far from each other as their positions.
+        is_alone = not takes_any or isinstance(run.keys, Tensor) or run.num_keys == run.stop - run.start
+        return number if is_alone else (run.sample, run.keys.start, run.keys.stop)
+
+    calls, end = [], 0
+    for _, numbered in groupby(enumerate(where.text_runs), sample_of):
+        runs = [run for _, run in numbered]
+        lengths = [run.stop - run.start for run in runs]
+        last, start, end = runs[-1], end, end + sum(lengths)
+        rows, positions = slice(last.start, last.stop), None
+        if len(runs) > 1:
+            rows = where.text_rows[1][start:end]
+            positions = rows + (last.num_keys - last.stop)
+        calls.append(TextCall(last.sample, rows, last.keys, last.num_keys, positions, lengths))
+    return calls
+
+
+def text_inputs(query: Tensor, key: Tensor, value: Tensor, call: TextCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a call: query (num_heads, rows, head_dim), and the keys and values that its last row sees."""
+    key, value = (states[call.sample][:, call.keys][:, : call.num_keys] for states in (key, value))
+    return query[call.sample, :, call.rows], key, value
 
 
 def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: VisionRouting) -> Tensor:
@@ -83,20 +124,47 @@ def place_rows(query: Tensor, vision: Tensor, text: list[Tensor], where: VisionR
     return output
 
 
-def attend_text(query, key, value, implementation: str, scaling: float, backend: str, module=None, **kwargs):
-    """Dense causal attention of a run of text rows, the last of which sees all keys.
+def attend_all_text(
+    query, key, value, where: VisionRouting, implementation: str, scaling: float, backend: str, module=None, **kwargs
+) -> list[Tensor]:
+    """Dense causal attention of all samples' text rows: (rows, num_heads, head_dim) of each of `text_runs`.
+
+    Args:
+        query, key, value: (batch, heads, tokens, head_dim); the others: of `attend_text`.
+    """
+    text = []
+    for call in text_calls(where, implementation, backend, query.device):
+        inputs = text_inputs(query, key, value, call)
+        rows = attend_text(*inputs, implementation, scaling, backend, call.positions, module, **kwargs)
+        text += rows.split(call.lengths)
+    return text
+
+
+def attend_text(
+    query,
+    key,
+    value,
+    implementation: str,
+    scaling: float,
+    backend: str,
+    positions: Tensor | None = None,
+    module=None,
+    **kwargs,
+):
+    """Dense causal attention of some text rows of one sample, the last of which sees all keys.
 
     Args:
         query: (num_heads, rows, head_dim); key, value: (num_kv_heads, keys, head_dim).
         implementation: `_attn_implementation`. All but "sdpa" go through transformers' functions of that name.
         backend: `nsa_backend`, for "sdpa".
+        positions: of the rows among the keys, for "sdpa"; the last ones by default.
         module: the layer, for transformers' functions; kwargs: of its call. Compiled code has neither at hand.
     Returns:
         (rows, num_heads, head_dim).
     """
     if implementation == "sdpa":
         states = (states.transpose(0, 1) for states in (query, key, value))
-        return dense.text_rows_attention(*states, scaling, backend=backend)
+        return dense.text_rows_attention(*states, scaling, positions=positions, backend=backend)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
     if module is None:
         module = _LayerOfText(implementation, query.shape[0] // key.shape[0])
@@ -146,7 +214,7 @@ def _forward(query, key, value, gates, plan, *settings):
     inputs = vision_inputs(query, key, value, gates[where.vision_rows], where)
     rows = query.shape[0] * query.shape[2]
     vision, *saved = attention.forward_in_operator(*inputs, None, *settings, save=save, rows=rows)
-    text = [attend_text(*text_inputs(query, key, value, run), implementation, *settings[3:]) for run in where.text_runs]
+    text = attend_all_text(query, key, value, where, implementation, *settings[3:])
     return place_rows(query, vision, text, where), *saved
 
 
@@ -162,18 +230,22 @@ def _backward(do, saved, query, key, value, gates, plan, *settings):
     for target, gradient in zip((dk, dv), gradients[1:3], strict=True):
         target.transpose(1, 2)[where.vision_keys] = gradient
     dgates[where.vision_rows] = torch.stack(gradients[3:], -1)
-    for run in where.text_runs:
-        dq_run, *of_keys = operators.vjp(
-            lambda *states: attend_text(*states, implementation, *settings[3:]),
-            text_inputs(query, key, value, run),
-            do[run.sample, run.start : run.stop],
-        )
-        dq[run.sample, :, run.start : run.stop] = dq_run
-        for target, gradient in zip((dk[run.sample], dv[run.sample]), of_keys, strict=True):
-            if isinstance(run.keys, slice):
-                target[:, run.keys][:, : run.num_keys] += gradient
+    scaling, backend = settings[3:]
+    for call in text_calls(where, implementation, backend, query.device):
+        options = {
+            "implementation": implementation,
+            "scaling": scaling,
+            "backend": backend,
+            "positions": call.positions,
+        }
+        inputs = text_inputs(query, key, value, call)
+        dq_rows, *of_keys = operators.vjp(partial(attend_text, **options), inputs, do[call.sample, call.rows])
+        dq[call.sample, :, call.rows] = dq_rows
+        for target, gradient in zip((dk[call.sample], dv[call.sample]), of_keys, strict=True):
+            if isinstance(call.keys, slice):
+                target[:, call.keys][:, : call.num_keys] += gradient
             else:
-                target.index_add_(1, run.keys[: run.num_keys], gradient)
+                target.index_add_(1, call.keys[: call.num_keys], gradient)
     return dq, dk, dv, dgates
 
 

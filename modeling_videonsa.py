@@ -39,7 +39,7 @@ try:
     from .kernels_videonsa import KERNEL_NAMES, kernel_module
     from .kv_budget_videonsa import mask_of_layer
     from .layer_videonsa import (
-        attend_text,
+        attend_all_text,
         attention_operator,
         place_rows,
         released_operator,
@@ -47,7 +47,6 @@ try:
         released_routing_of,
         released_rows,
         routing_of,
-        text_inputs,
         vision_inputs,
         vision_plan,
     )
@@ -67,7 +66,7 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
     from kernels_videonsa import KERNEL_NAMES, kernel_module
     from kv_budget_videonsa import mask_of_layer
     from layer_videonsa import (
-        attend_text,
+        attend_all_text,
         attention_operator,
         place_rows,
         released_operator,
@@ -75,7 +74,6 @@ except ImportError:  # `import modeling_videonsa` from a checkout, without a pac
         released_routing_of,
         released_rows,
         routing_of,
-        text_inputs,
         vision_inputs,
         vision_plan,
     )
@@ -160,8 +158,7 @@ class VideoNSAAttention(Qwen2_5_VLAttention):
         """`_attend` of any share of the heads; gates: (total_q, num_heads, 3)."""
         vision = nsa_attention(*vision_inputs(query, key, value, gates, routing), **self._settings)
         options = self.config._attn_implementation, self.scaling, self.config.nsa_backend
-        runs = (text_inputs(query, key, value, run) for run in routing.text_runs)
-        text = [attend_text(*run, *options, self, **kwargs) for run in runs]
+        text = attend_all_text(query, key, value, routing, *options, self, **kwargs)
         return place_rows(query, vision, text, routing)
 
     def _attend_in_graph(self, hidden_states, query, key, value, routing) -> torch.Tensor:

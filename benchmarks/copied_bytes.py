@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from layer_videonsa import place_rows, text_inputs, vision_inputs
+from layer_videonsa import place_rows, text_calls, text_inputs, vision_inputs
 from routing_videonsa import VisionRouting
 
 TEXT = 64
@@ -69,8 +69,8 @@ def copied(routing: VisionRouting, tokens: int, backward: bool) -> dict[str, int
         # In the place of the attention, something that needs all of them and moves nothing.
         vision = q * (k.sum() + v.sum())
         text = []
-        for run in routing.text_runs:
-            rows, keys, values = text_inputs(query, key, value, run)
+        for call in text_calls(routing, "sdpa", "torch", query.device):
+            rows, keys, values = text_inputs(query, key, value, call)
             text.append(rows.transpose(0, 1) * (keys.sum() + values.sum()))
         output = place_rows(query, vision, text, routing)
         if backward:

@@ -178,9 +178,13 @@ def test_gradients_of_a_layer_are_right():
 
 
 @needs_triton_on_cpu
-def test_layer_with_the_triton_backend():
-    """Its kernels give float32, rounded in another order."""
-    results = []
+def test_layer_with_the_triton_backend(monkeypatch):
+    """Its kernels give float32, rounded in another order, and take the later text rows of a sample at once."""
+    from nsa_kernels import triton_rows
+
+    results, rows = [], []
+    attend = triton_rows.text_rows_of_checked
+    monkeypatch.setattr(triton_rows, "text_rows_of_checked", lambda q, *a: rows.append(len(q)) or attend(q, *a))
     for backend in ("torch", "triton"):
         inputs, plan = layer_inputs()
         inputs = [x.detach().float().requires_grad_() for x in inputs]
@@ -189,6 +193,7 @@ def test_layer_with_the_triton_backend():
         results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-5 * e.abs().max().item())
+    assert rows == [2 + 1, 2, 2] * 2, "forward and backward; between the tokens of the second sample there is padding"
 
 
 def test_differentiating_twice_stays_an_error():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import build_model
 
+import layer_videonsa
 from positions_videonsa import mrope_position_ids
 from routing_videonsa import VisionRouting
 
@@ -67,3 +68,28 @@ def test_routing_of_a_packed_row():
         (4, 5, 1, slice(4, 8)),
         (8, 10, 2, slice(8, 10)),
     ]
+
+
+def test_calls_for_text_rows(monkeypatch):
+    """Runs of a sample at once where a kernel takes rows from anywhere; its first tokens by themselves."""
+    types = torch.tensor([[0, 2, 0, 0, 2, 0, 0, 2, 0, 2, 0]])
+    starts = torch.tensor([[1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0]])
+    routing = VisionRouting.build(types, None, 0, starts)
+
+    def rows(implementation, backend):
+        calls = layer_videonsa.text_calls(routing, implementation, backend, torch.device("cpu"))
+        return [
+            ([*range(11)][call.rows] if isinstance(call.rows, slice) else call.rows.tolist(), call.num_keys)
+            + (() if call.positions is None else (call.positions.tolist(),))
+            for call in calls
+        ]
+
+    one_by_one = [([0], 1), ([2, 3], 4), ([5], 6), ([6], 1), ([8], 3), ([10], 5)]
+    assert rows("sdpa", "torch") == rows("eager", "torch") == one_by_one
+    monkeypatch.setattr(layer_videonsa.utils, "resolve_backend", lambda *_: "triton")
+    assert rows("sdpa", "auto") == [([0], 1), ([2, 3, 5], 6, [2, 3, 5]), ([6], 1), ([8, 10], 5, [2, 4])]
+    assert rows("eager", "auto") == one_by_one
+
+    # With a cache: of all eleven tokens the last seven are new, and nothing is at the sample's start.
+    routing = VisionRouting.build(types, None, 4)
+    assert rows("sdpa", "auto") == [([1, 2, 4, 6], 11, [5, 6, 8, 10])]
