@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
@@ -407,7 +408,8 @@ def compile_all(launches: list[Launch], targets: list[int], jobs: int) -> list[d
     """`compile_launch` of each, in so many processes."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        return list(pool.map(compile_launch, launches, targets))
+        compiled = pool.map(compile_launch, launches, targets)
+        return list(tqdm(compiled, "Kernels", len(launches), disable=None))
 
 
 def comparison() -> list[str]:
