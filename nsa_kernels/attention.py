@@ -163,9 +163,13 @@ def _selects_all(first: int, block_size: int, block_counts: int) -> bool:
 
 
 def _chunks(span: utils.Span, dense_until: int, size: int):
-    """`utils.query_chunks`, with a cut at position dense_until, so that `_selects_all` holds for a chunk or not."""
+    """`utils.query_chunks`, with a cut at position dense_until, so that `_selects_all` holds for a chunk or not.
+
+    Before it there are no outputs of pairs for which a chunk has to be short.
+    """
     cut = span.q_start + max(0, min(dense_until - span.first, span.num_queries))
-    yield from utils.query_chunks(span._replace(q_end=cut, k_end=span.k_end - (span.q_end - cut)), size)
+    dense = span._replace(q_end=cut, k_end=span.k_end - (span.q_end - cut))
+    yield from utils.query_chunks(dense, utils.CHUNK_TOKENS)
     yield from utils.query_chunks(span._replace(q_start=cut), size)
 
 

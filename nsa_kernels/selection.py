@@ -32,7 +32,7 @@ _ROWS_AT_ONCE = 8192
 # Up to so many times the keys that are selected, scores for all keys are faster than gathering.
 MASKED_BLOCKS = 2
 # Query tokens that `selection_forward_masked` takes at a time.
-_MASKED_TOKENS = 256
+_MASKED_TOKENS = 512
 
 
 class _Pairs(NamedTuple):
