@@ -9,8 +9,9 @@ import importlib.util
 import logging
 import math
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple
@@ -332,27 +333,54 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
 
     On a CPU, torch's threads are divided among heads: they meet once, and not at the end of every small operation.
     """
-    jobs = [(span, head) for span in lengths.spans() for head in range(num_kv_heads)]
+    jobs = deque((span, head) for span in lengths.spans() for head in range(num_kv_heads))
     workers = heads_at_once(q, num_kv_heads, lengths)
     if workers == 1:
         with torch.no_grad():
             for job in jobs:
                 body(*job)
         return
-    threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    num_threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    begun, may_work, errors = threading.Semaphore(0), threading.Event(), []
 
-    def work(job: tuple[Span, int]) -> None:
-        torch.set_num_threads(threads // workers)  # of this thread, and of threads that begin later
-        with torch.inference_mode(is_inference), torch.no_grad():
-            body(*job)
+    def next_job() -> tuple[Span, int] | None:
+        try:
+            return jobs.popleft()
+        except IndexError:
+            return None
 
-    pool = ThreadPoolExecutor(workers)  # not kept: a process that has threads cannot be forked
+    def work() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number to the process's
+        torch.set_num_threads(num_threads // workers)  # of this thread, and of the process
+        begun.release()
+        may_work.wait()
+        try:
+            with torch.inference_mode(is_inference), torch.no_grad():
+                while not errors and (job := next_job()) is not None:
+                    body(*job)
+        except BaseException as error:
+            errors.append(error)
+
+    started = []  # and joined: a process that has threads cannot be forked
     try:
-        for _ in pool.map(work, jobs):
-            pass
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
+        for _ in range(workers):
+            thread = threading.Thread(target=work)
+            thread.start()
+            started.append(thread)
+        for _ in started:
+            begun.acquire()
+        torch.set_num_threads(num_threads)  # of the process again: threads of others may begin at any time
+        may_work.set()
+        for thread in started:
+            thread.join()
+    except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at
+        errors.append(error)
+        may_work.set()
+        for thread in started:
+            thread.join()
+        torch.set_num_threads(num_threads)
+    if errors:
+        raise errors[0]
 
 
 def reading_is_free(device: torch.device) -> bool:

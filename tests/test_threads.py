@@ -1,5 +1,6 @@
 """Key/value heads side by side on a CPU: the same results, torch's settings of a thread, whoever watches operators."""
 
+import signal
 import threading
 
 import pytest
@@ -13,7 +14,7 @@ CASE = Case((150, 0, 61), (150, 7, 90), heads=(6, 3), block_size=4, block_counts
 SECONDS = 60
 
 
-@pytest.fixture(params=[2, 5, 64], ids="{} threads".format)
+@pytest.fixture(params=[2, 4, 13], ids="{} threads".format)
 def threads(request, monkeypatch):
     """So many threads for torch, for inputs of any size."""
     before = torch.get_num_threads()
@@ -47,25 +48,61 @@ def test_results_are_those_of_one_thread(function, threads, monkeypatch):
     assert_all_close(actual, with_gradients(function, inputs), torch.float64)
 
 
+def threads_of_a_new_thread() -> int:
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return seen[0]
+
+
 def test_heads_meet_and_have_their_share_of_threads(threads, monkeypatch):
     """Two heads wait for each other, which two calls one after the other could not."""
-    barrier, shares, first = threading.Barrier(2), set(), iter(range(2))
+    barrier, shares, others, first = threading.Barrier(2), set(), set(), iter(range(2))
     kv_head = utils.kv_head
 
     def wait(*args):
         shares.add(torch.get_num_threads())
         if next(first, None) is not None:
             barrier.wait(SECONDS)
+            others.add(threads_of_a_new_thread())
         return kv_head(*args)
 
     monkeypatch.setattr(utils, "kv_head", wait)
     nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
     assert shares == {threads // min(threads, 6)}  # two sequences have queries, of three heads each
-    of_new_thread = []
-    thread = threading.Thread(target=lambda: of_new_thread.append(torch.get_num_threads()))
-    thread.start()
-    thread.join()
-    assert [torch.get_num_threads(), *of_new_thread] == [threads, threads]
+    assert others == {threads}, "whoever begins while heads are at work"
+    assert torch.get_num_threads() == threads_of_a_new_thread() == threads
+
+
+def test_threads_that_cannot_be_started(threads, monkeypatch):
+    started, start = iter(range(1)), threading.Thread.start
+
+    def start_one(thread):
+        if next(started, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    with pytest.raises(RuntimeError, match="can't start"):
+        nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    assert torch.get_num_threads() == threads
+
+
+def test_interrupted(threads, monkeypatch):
+    """Ctrl-C reaches the main thread, wherever it waits; the others end first."""
+    kv_head, seen = utils.kv_head, []
+
+    def interrupt_once(*args):
+        if not seen:
+            seen.append(args)
+            signal.raise_signal(signal.SIGINT)
+        return kv_head(*args)
+
+    monkeypatch.setattr(utils, "kv_head", interrupt_once)
+    with pytest.raises(KeyboardInterrupt):
+        nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    assert torch.get_num_threads() == threads and threading.active_count() == 1
 
 
 def test_an_error_of_a_head_is_raised(threads, monkeypatch):
@@ -102,7 +139,7 @@ def test_who_counts_operations_sees_all_of_them(threads, monkeypatch):
 
 def test_a_few_queries_start_no_thread(monkeypatch):
     """A generated token of a 7B model."""
-    monkeypatch.setattr(utils, "ThreadPoolExecutor", None)
+    monkeypatch.setattr(threading.Thread, "start", None)
     lengths = utils.SequenceLengths.from_lengths([1], [3000])
     q, k = torch.randn(1, 28, 128), torch.randn(3000, 4, 128)
     attention.nsa_attention(q, k, k, *torch.rand(3, 1, 28), lengths, backend="torch")
