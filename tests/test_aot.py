@@ -145,7 +145,7 @@ def test_machine_code_is_counted(monkeypatch):
         "barriers": 1,
         "local_loads": 1,
         "local_stores": 0,
-        "loops": [[6, 1, 1, 4]],
+        "loops": [[6, 1, 1, 4, 1]],
     }
 
 
@@ -178,5 +178,5 @@ def test_the_committed_table_lists_every_kernel():
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
     for target in (80, 89, 90, 100, 120):
         assert {r["kernel"] for r in report["results"] if r["target"] == target} == kernels
-    spilling = [r for r in report["results"] if r["target"] == 90 and ("error" in r or r["stack"] or r["local_loads"])]
-    assert not spilling
+    assert not [r for r in report["results"] if "error" in r]
+    assert not [r for r in report["results"] if r["target"] == 90 and any(loop[4] for loop in r["loops"])]

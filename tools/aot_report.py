@@ -11,8 +11,9 @@ the code, and specialised as Triton's launcher would (pointers and sizes divisib
 that no shape launches is an error. Registers, stack, local memory accesses and matrix instructions are read from the
 machine code by the cuobjdump that Triton brings.
 
-The exit code is 1 where a kernel touches local memory on sm_90 (spills, or an array that is not kept in registers),
-does not compile, or needs more shared memory than a block can have.
+The exit code is 1 where a kernel touches local memory in an innermost loop on sm_90, or at all if it has no loop
+(spills, or an array that is not kept in registers), does not compile, or needs more shared memory than a block can
+have. A few values that wait outside of the loops for their end cost nothing that counts.
 """
 
 import argparse
@@ -59,7 +60,7 @@ SHARED_MEMORY = {
 }
 # What `--note` has written: label -> version of Triton -> readings.
 NOTES = ROOT / "benchmarks" / "results" / "aot_notes.json"
-# No kernel may touch local memory here. The other targets are compiled at the shapes of a 7B model alone.
+# Where local memory in loops is a failure. The other targets are compiled at the shapes of a 7B model alone.
 STRICT_TARGETS = (90,)
 
 POINTER_TYPES = {
@@ -276,9 +277,10 @@ def read_code(code: str) -> dict:
 
     Returns:
         instructions, barriers, local_loads, local_stores: of all of it.
-        loops: [instructions, barriers, matrix instructions, instructions of the shortest way through it] of every loop
-            that holds no other loop, the longest first. Barriers are those of a whole block, which its warps wait at
-            for each other. The shortest way takes every branch that skips something, a mask that is not needed, say.
+        loops: [instructions, barriers, matrix instructions, instructions of the shortest way through it, accesses to
+            local memory] of every loop that holds no other loop, the longest first. Barriers are those of a whole
+            block, which its warps wait at for each other. The shortest way takes every branch that skips something, a
+            mask that is not needed, say.
     """
     found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", code)
     places = {int(address, 16): i for i, (address, *_) in enumerate(found)}
@@ -314,6 +316,7 @@ def read_code(code: str) -> dict:
             count(first, last, r"BAR\b"),
             count(first, last, r"\w*(GMMA|HMMA|UTC\w*MMA)\b"),
             shortest(first, last),
+            count(first, last, r"(LDL|STL)\b"),
         ]
         for first, last in backward
         if not any((a, b) != (first, last) and first <= a and b <= last for a, b in backward)
@@ -360,11 +363,10 @@ def failures(results: list[dict]) -> list[str]:
             continue
         if result["shared"] > SHARED_MEMORY[result["target"]][0]:
             found.append(f"{where}: {result['shared']} bytes of shared memory")
-        if result["target"] in STRICT_TARGETS and (result["stack"] or result["local_loads"] or result["local_stores"]):
-            found.append(
-                f"{where}: stack {result['stack']} bytes, {result['local_loads']} local loads, "
-                f"{result['local_stores']} local stores"
-            )
+        accesses = result["local_loads"] + result["local_stores"]
+        paid_often = max((loop[4] for loop in result["loops"]), default=accesses)
+        if result["target"] in STRICT_TARGETS and paid_often:
+            found.append(f"{where}: stack {result['stack']} bytes, {accesses} local accesses, {paid_often} in a loop")
     return found
 
 
@@ -454,7 +456,8 @@ def to_markdown(results: list[dict], command: str) -> str:
         "4 key/value heads, head_dim 128, bf16, blocks of 64, 32 of them selected, a window of 256 and 128K tokens,",
         "except where the name says otherwise (3B: 16 and 2 heads; 32B: 40 and 8; group 16: 16 and 1; fp32: 32K",
         "tokens; blocks of 16: 64 selected, 64K tokens; blocks of 128: 16 selected). Local memory is spills and stack:",
-        "on sm_90 there must be none. Blocks per SM is what registers, shared memory and warps allow.",
+        "on sm_90 there must be none in the innermost loops. Blocks per SM is what registers, shared memory and warps",
+        "allow.",
         "",
     ]
     for target in sorted({result["target"] for result in results}):

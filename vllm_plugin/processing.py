@@ -96,6 +96,7 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
             ValueError: as a call of the processor; or an option that it does not have.
         """
         with timing_ctx.record("read_videos"):
+            self._check_places(inputs)
             options = self.info.video_options(inputs.hf_processor_mm_kwargs)
             items = inputs.mm_data_items.copy()
             uuids = dict(inputs.mm_uuid_items or {})
@@ -107,6 +108,19 @@ class VideoNSAMultiModalProcessor(Qwen2_5_VLMultiModalProcessor):
                 inputs, mm_data_items=items, mm_uuid_items=uuids, hf_processor_mm_kwargs={}, media_io_kwargs={}
             )
         return super().apply(inputs, timing_ctx)
+
+    def _check_places(self, inputs: Any) -> None:
+        """Raise ValueError unless the prompt has one place for each image and video: text can name their tokens, too.
+
+        vLLM puts an item where it finds the first.
+        """
+        processor = self.info.get_hf_processor()
+        for kind in ("image", "video"):
+            places = inputs.prompt.count(getattr(processor, f"{kind}_token_id"))
+            number = inputs.mm_data_items.get_count(kind, strict=False)
+            if places != number:
+                token = getattr(processor, f"{kind}_token")
+                raise ValueError(f"the prompt has {places} {token}, and {number} {kind}s")
 
     def read_videos(self, videos: Any, options: Mapping[str, Any]) -> Any:
         """Items with the frames that the processor chooses, (T, 3, H, W) uint8, and their metadata."""

