@@ -26,8 +26,7 @@ def forward(
     """
     group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    at_once = utils.heads_at_once(q, num_kv_heads, lengths)
-    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2], at_once), selection.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if save:
         o_slc_all = torch.empty_like(o)
@@ -92,8 +91,7 @@ def backward(
     (o_slc,), (lse_cmp, lse_slc, lse_swa) = outputs, lses
     group_size = q.shape[1] // k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    at_once = utils.heads_at_once(q, k.shape[1], lengths)
-    size, scratch = selection.chunk_tokens(block_counts, group_size, q.shape[2], at_once), selection.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
     dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
     )
@@ -163,10 +161,7 @@ def _selects_all(first: int, block_size: int, block_counts: int) -> bool:
 
 
 def _chunks(span: utils.Span, dense_until: int, size: int):
-    """`utils.query_chunks`, with a cut at position dense_until, so that `_selects_all` holds for a chunk or not.
-
-    Before it there are no outputs of pairs for which a chunk has to be short.
-    """
+    """`utils.query_chunks`, with a cut at position dense_until, so that `_selects_all` holds for a chunk or not."""
     cut = span.q_start + max(0, min(dense_until - span.first, span.num_queries))
     dense = span._replace(q_end=cut, k_end=span.k_end - (span.q_end - cut))
     yield from utils.query_chunks(dense, utils.CHUNK_TOKENS)

@@ -6,12 +6,12 @@ Native Sparse Attention (arXiv:2502.11089), equations 11 and 12.
 
 Fetching 2 * B rows of k and v for every (token, block) pair is bound by memory, so the loop runs the other way round.
 For a chunk of query tokens and one key/value head, the pairs are sorted by block, and taken a tile at a time: tokens
-that all selected one block. Two products of the tile with the block give, per pair and query head, an unnormalised
-output and its softmax state (maximum, log-sum-exp); a weighted gather then adds up the pairs of each token.
+that all selected one block. Two products of the tile with the block give each pair's share of its token's sums.
 
-On a CPU a tile is every pair of a block, and the block's keys are read where they lie. Elsewhere tiles have one size,
-so that a batch of them is one product; every shape is known beforehand, so nothing waits for the device. Every sum has
-a fixed order.
+On a CPU a tile is every pair of a block, the block's keys are read where they lie, and shares are added to the sums at
+once. Elsewhere tiles have one size, so that a batch of them is one product, and each pair's unnormalised output and
+softmax state (maximum, log-sum-exp) are kept for a weighted gather that adds up the pairs of each token. There every
+shape is known beforehand, so nothing waits for the device. Every sum has a fixed order.
 """
 
 import threading
@@ -25,10 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from . import dense, operators, reference, utils
 
-# Outputs of the pairs of one chunk of tokens: 256 MB in float32.
+# Outputs of the pairs of one chunk of tokens, where they are kept: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
-# Rows of a batch of whole runs: few calls, and 2 MB of scores.
-_ROWS_AT_ONCE = 8192
+# Rows of a batch of whole runs: few calls, and little memory.
+_ROWS_AT_ONCE = 2048
+# How far scores may lie above the one that exponentials are relative to: exp(60) is 1e26.
+_EXPONENT_ROOM = 60.0
 # Up to so many times the keys that are selected, scores for all keys are faster than gathering.
 MASKED_BLOCKS = 2
 # Query tokens that `selection_forward_masked` takes at a time.
@@ -36,13 +38,14 @@ _MASKED_TOKENS = 512
 
 
 class _Pairs(NamedTuple):
-    """Pairs of (token, block) of a chunk, sorted: runs of each block, runs of each own block, what does not count.
+    """Pairs of (token, block) of a chunk, sorted: runs of each own block, runs of each block, what does not count.
 
-    Pairs of a token and its own block are by themselves because only they need the causal mask.
+    Pairs of a token and its own block are by themselves because only they need the causal mask. They come first: the
+    sums of a token begin with a score that it certainly has.
     """
 
     order: Tensor  # (pairs,): which pair of block_indices.flatten() is in this place
-    run: Tensor  # (pairs,), ascending: block, num_blocks + own block, or 2 * num_blocks where the pair does not count
+    run: Tensor  # (pairs,), ascending: own block, num_blocks + block, or 2 * num_blocks where the pair does not count
     starts: Tensor  # (2 * num_blocks + 1,): where each run begins, and where the last one ends
     counted: Tensor  # (tokens, block_counts), bool: pairs that count
 
@@ -50,7 +53,6 @@ class _Pairs(NamedTuple):
 class _Batch(NamedTuple):
     """Some pairs of a chunk, as tiles of tokens that all selected one block; their rows are their query heads."""
 
-    slots: slice  # where the outputs of its pairs go
     tokens: Tensor  # (pairs,), 0 for a pair that is none
     is_pair: Tensor | None  # (pairs,), bool: False where a tile is not full; None where all are
     blocks: Tensor | list[tuple[int, slice]]  # (tiles,) of equal tiles, or each tile's block and rows
@@ -77,9 +79,11 @@ class Scratch:
         return taken.view(len(rows) * x.shape[1], -1)
 
 
-def chunk_tokens(block_counts: int, group_size: int, head_dim: int, at_once: int = 1) -> int:
-    """Query tokens per chunk, so that the outputs of their pairs, for all chunks at once, stay within a fixed size."""
-    return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (at_once * block_counts * group_size * head_dim)))
+def chunk_tokens(device: torch.device, block_counts: int, group_size: int, head_dim: int) -> int:
+    """Query tokens per chunk, so that what is kept of their pairs stays within a fixed size."""
+    if utils.reading_is_free(device):  # nothing is kept
+        return utils.CHUNK_TOKENS
+    return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
 
 
 class Blocks:
@@ -122,54 +126,40 @@ def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     tokens, device = block_indices.shape[0], block_indices.device
     own = torch.arange(first, first + tokens, device=device)[:, None] // block_size
     counted = (block_indices >= 0) & (block_indices <= own)
-    run = torch.where(block_indices == own, block_indices + num_blocks, block_indices)
+    run = torch.where(block_indices == own, block_indices, block_indices + num_blocks)
     run, order = run.masked_fill(~counted, 2 * num_blocks).flatten().sort(stable=True)
     starts = torch.searchsorted(run, torch.arange(2 * num_blocks + 1, device=device, dtype=run.dtype))
     return _Pairs(order, run, starts, counted)
 
 
-def _make_batches(
+def _whole_runs(pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int) -> Iterator[_Batch]:
+    """Batches of all pairs with one tile for each run."""
+    starts, tokens = pairs.starts.tolist(), pairs.order // pairs.counted.shape[1]
+    group_size, run = q.shape[1], 0
+    while run < 2 * num_blocks:
+        begin, end = run, num_blocks if run < num_blocks else 2 * num_blocks
+        run += 1
+        while run < end and (starts[run + 1] - starts[begin]) * group_size <= _ROWS_AT_ONCE:
+            run += 1
+        start, stop = starts[begin], starts[run]
+        edges = ((each % num_blocks, starts[each] - start, starts[each + 1] - start) for each in range(begin, run))
+        blocks = [(block, slice(i * group_size, j * group_size)) for block, i, j in edges if i < j]
+        if blocks:
+            rows, mask = tokens[start:stop], None
+            if begin < num_blocks:
+                mask = _causal_mask(rows, pairs.run[start:stop], block_size, first, q)
+            yield _Batch(rows, None, blocks, mask)
+
+
+def _equal_tiles(
     pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int
 ) -> tuple[Iterator[_Batch], int, Tensor]:
-    """Batches of all pairs; how many slots they fill; slots (tokens, block_counts): where the output of a pair goes."""
-    make = _whole_runs if utils.reading_is_free(q.device) else _equal_tiles
-    batches, num_slots, slots = make(pairs, q, block_size, num_blocks, first)
-    slots = torch.empty_like(pairs.order).scatter_(0, pairs.order, slots).view_as(pairs.counted)
-    # A pair that does not count stands for one of the same token that does: its weight is 0, and 0 times nan is nan.
-    stand_in = slots.gather(1, pairs.counted.int().argmax(1, keepdim=True))
-    slots = torch.where(pairs.counted, slots, stand_in).masked_fill_(~pairs.counted.any(1, keepdim=True), 0)
-    return batches, num_slots, slots
+    """Batches of tiles of one size, some of them not full, with shapes that depend on nothing but shapes.
 
-
-def _whole_runs(pairs, q, block_size, num_blocks, first):
-    """`_make_batches` with one tile for each run."""
-    starts, tokens = pairs.starts.tolist(), pairs.order // pairs.counted.shape[1]
-    group_size = q.shape[1]
-
-    def batches():
-        run = 0
-        while run < 2 * num_blocks:
-            start, end = run, num_blocks if run < num_blocks else 2 * num_blocks
-            run += 1
-            while run < end and (starts[run + 1] - starts[start]) * group_size <= _ROWS_AT_ONCE:
-                run += 1
-            slots = slice(starts[start], starts[run])
-            edges = (
-                (each % num_blocks, starts[each] - slots.start, starts[each + 1] - slots.start)
-                for each in range(start, run)
-            )
-            blocks = [(block, slice(i * group_size, j * group_size)) for block, i, j in edges if i < j]
-            if blocks:
-                mask, rows = None, tokens[slots]
-                if start >= num_blocks:
-                    mask = _causal_mask(rows, pairs.run[slots] - num_blocks, block_size, first, q)
-                yield _Batch(slots, rows, None, blocks, mask)
-
-    return batches(), starts[-1], torch.arange(len(tokens))
-
-
-def _equal_tiles(pairs, q, block_size, num_blocks, first):
-    """`_make_batches` with tiles of one size, some of them not full, and shapes that depend on nothing but shapes."""
+    Returns:
+        The batches; how many pairs they have room for; slots (tokens, block_counts): where among these a pair is, or
+        one of the same token that counts: the weight of one that does not is 0, and 0 times nan is nan.
+    """
     block_counts, num_pairs, device = pairs.counted.shape[1], len(pairs.order), q.device
     # Half-empty tiles waste work and small ones waste bandwidth: take about a quarter of the average run.
     size = min(32, max(4, num_pairs // (4 * num_blocks)))
@@ -184,6 +174,9 @@ def _equal_tiles(pairs, q, block_size, num_blocks, first):
     tokens = (pairs.order[place.clamp_max_(num_pairs - 1)] // block_counts).masked_fill_(~is_pair, 0)
     pair_run = pairs.run.clamp_max(2 * num_blocks - 1).long()
     slots = tile_start[pair_run] * size + torch.arange(num_pairs, device=device) - pairs.starts[pair_run]
+    slots = torch.empty_like(slots).scatter_(0, pairs.order, slots).view_as(pairs.counted)
+    stand_in = slots.gather(1, pairs.counted.int().argmax(1, keepdim=True))
+    slots = torch.where(pairs.counted, slots, stand_in).masked_fill_(~pairs.counted.any(1, keepdim=True), 0)
 
     def batches():
         step = utils.tile_tokens(size * q.shape[1] * (q.shape[2] + block_size), device)
@@ -191,7 +184,7 @@ def _equal_tiles(pairs, q, block_size, num_blocks, first):
             tiles = slice(start, min(start + step, num_tiles))
             rows, blocks = tokens[tiles].flatten(), run[tiles] % num_blocks
             mask = _causal_mask(rows, blocks.repeat_interleave(size), block_size, first, q)
-            yield _Batch(slice(start * size, tiles.stop * size), rows, is_pair[tiles].flatten(), blocks, mask)
+            yield _Batch(rows, is_pair[tiles].flatten(), blocks, mask)
 
     return batches(), num_tiles * size, slots
 
@@ -249,21 +242,46 @@ def selection_forward(
         k_blocks, v_blocks: of the head's num_keys keys.
         block_indices: (tokens, block_counts), distinct within a token; -1 and blocks after the token are ignored.
     """
-    group_size, head_dim = q.shape[1:]
     pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
-    batches, num_slots, slots = _make_batches(pairs, q, k_blocks.size, len(k_blocks), first)
-    # With a row even where there is no pair: tokens without blocks point at it.
-    partial = scratch.take("partial", (max(1, num_slots) * group_size, head_dim), q)
-    maximum, log_sum = (q.new_zeros(max(1, num_slots) * group_size) for _ in range(2))
-    if not num_slots:
-        partial.zero_()
-    lowest, q = torch.finfo(q.dtype).min, q * softmax_scale
+    forward = _forward_by_runs if utils.reading_is_free(q.device) else _forward_by_tiles
+    return forward(pairs, q * softmax_scale, k_blocks, v_blocks, first, scratch)
+
+
+def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, scratch):
+    """Exponentials are relative to a score of their row that grows when another is far above it, which is seldom."""
+    tokens, group_size, _ = q.shape
+    o, total = torch.zeros_like(q), q.new_zeros(tokens, group_size)
+    reference = q.new_full((tokens, group_size), torch.finfo(q.dtype).min)
+    for batch in _whole_runs(pairs, q, k_blocks.size, len(k_blocks), first):
+        q_rows = scratch.take_rows("q", q, batch.tokens)
+        scores = _scores(q_rows, k_blocks, batch, scratch)
+        row_max = scores.amax(1).view(-1, group_size)
+        if (row_max > reference[batch.tokens] + _EXPONENT_ROOM).any():
+            grown = reference.scatter_reduce(0, batch.tokens[:, None].expand_as(row_max), row_max, "amax")
+            factor = reference.sub_(grown).exp_()
+            o.mul_(factor[..., None])
+            total.mul_(factor)
+            reference = grown
+        probs = scores.sub_(reference[batch.tokens].view(-1, 1)).exp_()
+        total.index_add_(0, batch.tokens, probs.sum(1).view(-1, group_size))
+        # Queries are not needed any more.
+        o.index_add_(0, batch.tokens, _times(probs, v_blocks, batch, q_rows).view(-1, *q.shape[1:]))
+    # The sum of a token's exponentials is at least that of its reference, 1; or 0 without blocks.
+    return o.div_(total.clamp_min(1.0)[..., None]), reference.add_(total.log_())
+
+
+def _forward_by_tiles(pairs, q, k_blocks, v_blocks, first, scratch):
+    group_size, head_dim = q.shape[1:]
+    batches, num_slots, slots = _equal_tiles(pairs, q, k_blocks.size, len(k_blocks), first)
+    partial = scratch.take("partial", (num_slots * group_size, head_dim), q)
+    maximum, log_sum = (q.new_empty(num_slots * group_size) for _ in range(2))
+    lowest, stop = torch.finfo(q.dtype).min, 0
     for batch in batches:
         scores = _scores(scratch.take_rows("q", q, batch.tokens), k_blocks, batch, scratch)
         # A finite maximum keeps nan out of the rows of a tile that is not full.
         row_max = scores.amax(1, keepdim=True).clamp_min_(lowest)
         probs = scores.sub_(row_max).exp_()
-        rows = slice(batch.slots.start * group_size, batch.slots.stop * group_size)
+        rows = slice(stop, stop := stop + len(probs))
         maximum[rows], log_sum[rows] = row_max[:, 0], probs.sum(1).log_()
         _times(probs, v_blocks, batch, partial[rows])
 
@@ -336,11 +354,12 @@ def selection_backward(
     """
     group_size, head_dim = q.shape[1:]
     pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
-    batches, num_slots, slots = _make_batches(pairs, q, k_blocks.size, len(k_blocks), first)
-    partial = scratch.take("partial", (max(1, num_slots) * group_size, head_dim), q)
-    if not num_slots:
-        partial.zero_()
-    q = q * softmax_scale  # for scores, and with it for dk
+    if adds_at_once := utils.reading_is_free(q.device):
+        batches, dq = _whole_runs(pairs, q, k_blocks.size, len(k_blocks), first), torch.zeros_like(q)
+    else:
+        batches, num_slots, slots = _equal_tiles(pairs, q, k_blocks.size, len(k_blocks), first)
+        partial = scratch.take("partial", (num_slots * group_size, head_dim), q)
+    q, stop = q * softmax_scale, 0  # for scores, and with it for dk
     for batch in batches:
         q_rows, do_rows, lse_rows, delta_rows = (
             scratch.take_rows(name, x, batch.tokens)
@@ -356,8 +375,12 @@ def selection_backward(
         _add_products_(dv_blocks, probs, do_rows, batch)
         dscores.sub_(delta_rows).mul_(probs)
         _add_products_(dk_blocks, dscores, q_rows, batch)
-        rows = slice(batch.slots.start * group_size, batch.slots.stop * group_size)
-        _times(dscores, k_blocks, batch, partial[rows])
+        if adds_at_once:  # in memory that is not needed any more
+            dq.index_add_(0, batch.tokens, _times(dscores, k_blocks, batch, q_rows).view(-1, *q.shape[1:]))
+        else:
+            _times(dscores, k_blocks, batch, partial[stop : (stop := stop + len(dscores))])
+    if adds_at_once:
+        return dq.mul_(softmax_scale)
     weights = pairs.counted[..., None].to(q.dtype).mul_(softmax_scale).expand(-1, -1, group_size)
     return _add_pairs(partial, slots, group_size, weights)
 
@@ -367,7 +390,7 @@ class _SelectionFunction(torch.autograd.Function):
     def forward(ctx, q, k, v, block_indices, lengths, block_size, softmax_scale):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
-        size = chunk_tokens(block_indices.shape[2], group_size, q.shape[2], utils.heads_at_once(q, k.shape[1], lengths))
+        size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
         scratch = Scratch()
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
@@ -394,7 +417,7 @@ class _SelectionFunction(torch.autograd.Function):
         lengths, block_size, softmax_scale = ctx.args
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
-        size = chunk_tokens(block_indices.shape[2], group_size, q.shape[2], utils.heads_at_once(q, k.shape[1], lengths))
+        size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
         scratch = Scratch()
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 

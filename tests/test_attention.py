@@ -362,7 +362,7 @@ def test_the_last_chunk_of_a_long_sequence_is_cut_as_documented():
         (1048, 3096, 2048),
         (3096, 5000, 4096),
     ]
-    assert selection.chunk_tokens(32, 7, 128) == 2048
+    assert selection.chunk_tokens(torch.device("cuda"), 32, 7, 128) == 2048
 
 
 @pytest.mark.gpu

@@ -134,6 +134,49 @@ def test_token_without_blocks_gets_zero_with_zero_gradient():
         assert not gradient.any()
 
 
+@pytest.mark.parametrize("order", ["rising", "falling", "random"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_scores_of_blocks_far_from_each_other(order, dtype):
+    """By more than the range of exponentials: sums begin anew, or what comes adds nothing."""
+    case = Case((200,), heads=(3, 1), block_size=4, block_counts=50)
+    q, k, v = case.qkv(dtype)
+    level = torch.arange(50) * 45.0  # 200 e-folds are beyond float32, 45 are within what a sum may grow by
+    if order == "random":
+        level = level[torch.randperm(50, generator=torch.Generator().manual_seed(5))]
+    q[..., 0], k[..., 0] = 1.0, (level if order != "falling" else level.flip(0)).repeat_interleave(4)[:, None]
+    indices = random_blocks(case)
+    function = lambda *x: selection.selection_attention(  # noqa: E731
+        *x, indices, case.lengths, block_size=4, softmax_scale=1.0, backend="torch"
+    )
+    truth_o, truth_lse = selection.selection_attention(
+        *(x.double() for x in (q, k, v)), indices, case.lengths, block_size=4, softmax_scale=1.0, backend="reference"
+    )
+    # A score of up to 2,205 is off by half a unit in the last place, and the products before it were by as much.
+    bound = 4 * 2205 * torch.finfo(dtype).eps
+    for condition in (contextlib.nullcontext(), small_tiles(), as_on_a_gpu()):
+        with condition:
+            o, lse = function(q, k, v)
+        assert torch.equal(lse.isneginf(), truth_lse.isneginf())
+        seen = truth_lse.isfinite()
+        assert (lse - truth_lse)[seen].abs().max() < bound
+        assert (o - truth_o).abs().max() < 2 * bound * v.abs().max()
+
+
+def test_nan_stays_with_the_tokens_that_select_it():
+    """In the first block of a batch, in a later one, and in a token's own."""
+    case = Case((60,), heads=(2, 1), block_size=4, block_counts=4)
+    q, k, v = case.qkv(torch.float32)
+    indices = random_blocks(case)
+    clean = attend(case, indices, "torch")(q, k, v)
+    for block in (0, 5, 9):
+        broken = k.clone()
+        broken[block * 4] = torch.nan
+        o = attend(case, indices, "torch")(q, broken, v)
+        selects = (indices[:, 0] == block).any(-1) & (torch.arange(60) >= block * 4)
+        assert selects.any() and o[selects].isnan().all()
+        torch.testing.assert_close(o[~selects], clean[~selects])
+
+
 @pytest.mark.parametrize("value", [-1, 1])
 def test_nobody_has_a_block(value):
     case = Case((7,))
