@@ -29,8 +29,8 @@ from . import dense, operators, reference, utils
 _PARTIAL_ELEMENTS = 1 << 26
 # Rows of a batch of whole runs: few calls, and little memory.
 _ROWS_AT_ONCE = 2048
-# How far scores may lie above the one that exponentials are relative to: exp(60) is 1e26.
-_EXPONENT_ROOM = 60.0
+# How far scores may lie above the one that exponentials are relative to: exp(30) is 1e13.
+_EXPONENT_ROOM = 30.0
 # Up to so many times the keys that are selected, scores for all keys are faster than gathering.
 MASKED_BLOCKS = 2
 # Query tokens that `selection_forward_masked` takes at a time.
