@@ -1,8 +1,9 @@
 """Native Sparse Attention over packed sequences: o = g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa.
 
 Native Sparse Attention (arXiv:2502.11089), equation 5; the branches are defined in compression.py,
-selection.py and sliding_window.py. The torch backend walks each sequence one key/value head and one chunk of queries at
-a time, and adds the gated branches up before it goes on, so that no branch's output exists for the whole sequence.
+selection.py and sliding_window.py. The torch backend takes a sequence one key/value head and one chunk of queries at a
+time, on a CPU some heads side by side, and adds the gated branches up before it goes on, so that no branch's output
+exists for the whole sequence.
 """
 
 import torch

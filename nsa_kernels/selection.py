@@ -15,6 +15,7 @@ shape is known beforehand, so nothing waits for the device. Every sum has a fixe
 """
 
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -27,10 +28,8 @@ from . import dense, operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens, where they are kept: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
-# Rows of a batch of whole runs: few calls, and little memory.
-_ROWS_AT_ONCE = 2048
-# How far scores may lie above the one that exponentials are relative to: exp(30) is 1e13.
-_EXPONENT_ROOM = 30.0
+# How far scores may lie above the one that exponentials are relative to: exp(10) is 22,000.
+_EXPONENT_ROOM = 10.0
 # Up to so many times the keys that are selected, scores for all keys are faster than gathering.
 MASKED_BLOCKS = 2
 # Query tokens that `selection_forward_masked` takes at a time.
@@ -133,20 +132,22 @@ def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: 
 
 
 def _whole_runs(pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int) -> Iterator[_Batch]:
-    """Batches of all pairs with one tile for each run."""
+    """Batches of all pairs in their order, with a tile for each run or part of one."""
     starts, tokens = pairs.starts.tolist(), pairs.order // pairs.counted.shape[1]
-    group_size, run = q.shape[1], 0
-    while run < 2 * num_blocks:
-        begin, end = run, num_blocks if run < num_blocks else 2 * num_blocks
-        run += 1
-        while run < end and (starts[run + 1] - starts[begin]) * group_size <= _ROWS_AT_ONCE:
-            run += 1
-        start, stop = starts[begin], starts[run]
-        edges = ((each % num_blocks, starts[each] - start, starts[each + 1] - start) for each in range(begin, run))
-        blocks = [(block, slice(i * group_size, j * group_size)) for block, i, j in edges if i < j]
-        if blocks:
+    group_size, head_dim = q.shape[1:]
+    step = utils.tile_tokens(group_size * (head_dim + block_size), q.device)
+    own_end, last_end = starts[num_blocks], starts[-1]
+    for is_own, begin, end in ((True, 0, own_end), (False, own_end, last_end)):
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            blocks, run = [], bisect_right(starts, start) - 1
+            while starts[run] < stop:
+                edges = max(starts[run], start) - start, min(starts[run + 1], stop) - start
+                if edges[0] < edges[1]:
+                    blocks.append((run % num_blocks, slice(*(edge * group_size for edge in edges))))
+                run += 1
             rows, mask = tokens[start:stop], None
-            if begin < num_blocks:
+            if is_own:
                 mask = _causal_mask(rows, pairs.run[start:stop], block_size, first, q)
             yield _Batch(rows, None, blocks, mask)
 
@@ -256,12 +257,15 @@ def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, scratch):
         q_rows = scratch.take_rows("q", q, batch.tokens)
         scores = _scores(q_rows, k_blocks, batch, scratch)
         row_max = scores.amax(1).view(-1, group_size)
-        if (row_max > reference[batch.tokens] + _EXPONENT_ROOM).any():
-            grown = reference.scatter_reduce(0, batch.tokens[:, None].expand_as(row_max), row_max, "amax")
-            factor = reference.sub_(grown).exp_()
-            o.mul_(factor[..., None])
-            total.mul_(factor)
-            reference = grown
+        is_far = (row_max > reference[batch.tokens] + _EXPONENT_ROOM).any(1)
+        if is_far.any():
+            far = batch.tokens[is_far]
+            changed = far.unique()
+            before = reference[changed]
+            reference.scatter_reduce_(0, far[:, None].expand(-1, group_size), row_max[is_far], "amax")
+            factor = before.sub_(reference[changed]).exp_()
+            total[changed] *= factor
+            o[changed] *= factor[..., None]
         probs = scores.sub_(reference[batch.tokens].view(-1, 1)).exp_()
         total.index_add_(0, batch.tokens, probs.sum(1).view(-1, group_size))
         # Queries are not needed any more.

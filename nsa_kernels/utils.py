@@ -320,12 +320,21 @@ def query_chunks(span: Span, size: int) -> Iterator[tuple[slice, int]]:
 
 def heads_at_once(q: Tensor, num_kv_heads: int, lengths: SequenceLengths) -> int:
     """How many key/value heads `for_each_head` takes side by side."""
-    # Whoever watches or replaces operators does so in one thread.
-    if q.device.type != "cpu" or q.numel() < _THREADED_ELEMENTS or is_in_torch_dispatch_mode():
+    if q.device.type != "cpu" or q.numel() < _THREADED_ELEMENTS or _is_watched():
         return 1
     if not torch.backends.openmp.is_available():  # a pool of threads that cannot be divided
         return 1
     return min(torch.get_num_threads(), num_kv_heads * sum(1 for _ in lengths.spans()))
+
+
+def _is_watched() -> bool:
+    """Whether somebody watches or replaces operators, which is done in one thread."""
+    has_function_mode = torch._C._len_torch_function_stack() > 0
+    return is_in_torch_dispatch_mode() or has_function_mode or torch.autograd._profiler_enabled()
+
+
+# Held while threads take their shares: torch has no setter for a thread that leaves the number of the process alone.
+_taking_shares = threading.Lock()
 
 
 def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: int, lengths: SequenceLengths) -> None:
@@ -340,8 +349,12 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
             for job in jobs:
                 body(*job)
         return
-    num_threads, is_inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-    begun, may_work, errors = threading.Semaphore(0), threading.Event(), []
+    # Of equal size: that of tiles, and with it rounding, follows it, whichever thread takes a head.
+    share = torch.get_num_threads() // workers
+    is_inference = torch.is_inference_mode_enabled()
+    begun, taken = threading.Semaphore(0), threading.Semaphore(0)
+    may_take, may_give_back, may_work = (threading.Event() for _ in range(3))
+    errors = []
 
     def next_job() -> tuple[Span, int] | None:
         try:
@@ -349,10 +362,19 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
         except IndexError:
             return None
 
-    def work() -> None:
-        torch.get_num_threads()  # a thread's first question sets its number to the process's
-        torch.set_num_threads(num_threads // workers)  # of this thread, and of the process
+    def give_back() -> None:
+        of_process = torch.get_num_threads()  # what a thread begins with
         begun.release()
+        may_give_back.wait()
+        torch.set_num_threads(of_process)
+
+    def work() -> None:
+        torch.get_num_threads()  # a thread's first question would set its number later
+        begun.release()
+        may_take.wait()
+        if not errors:
+            torch.set_num_threads(share)  # of this thread, and of all that begin until it is given back
+        taken.release()
         may_work.wait()
         try:
             with torch.inference_mode(is_inference), torch.no_grad():
@@ -361,26 +383,43 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
         except BaseException as error:
             errors.append(error)
 
+    last = threading.Thread(target=give_back)
+    threads = [threading.Thread(target=work) for _ in range(workers)]
     started = []  # and joined: a process that has threads cannot be forked
+
+    def end() -> None:
+        may_take.set()
+        may_work.set()
+        for thread in started:
+            thread.join()
+
     try:
-        for _ in range(workers):
-            thread = threading.Thread(target=work)
-            thread.start()
-            started.append(thread)
-        for _ in started:
-            begun.acquire()
-        torch.set_num_threads(num_threads)  # of the process again: threads of others may begin at any time
-        may_work.set()
-        for thread in started:
-            thread.join()
-    except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at
+        with _taking_shares:
+            last.start()
+            try:
+                for thread in threads:
+                    thread.start()
+                    started.append(thread)
+                for _ in (last, *started):
+                    begun.acquire()
+                may_take.set()
+                for _ in started:
+                    taken.acquire()
+            except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at
+                errors.append(error)
+                end()
+            finally:
+                may_give_back.set()
+                last.join()
+        end()
+    except BaseException as error:
         errors.append(error)
-        may_work.set()
-        for thread in started:
-            thread.join()
-        torch.set_num_threads(num_threads)
-    if errors:
-        raise errors[0]
+        end()
+    try:
+        if errors:
+            raise errors[0]
+    finally:
+        errors.clear()  # a cycle, through the traceback, that would keep all tensors
 
 
 def reading_is_free(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nsa_kernels import selection, utils
+from nsa_kernels import utils
 
 try:
     import hypothesis
@@ -231,11 +231,7 @@ def describe_error(out: Tensor, truth: Tensor, allowed: float) -> tuple[bool, st
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
     """Chunks and tiles so small that short sequences are cut everywhere a long one would be."""
-    with (
-        mock.patch.object(utils, "CHUNK_TOKENS", 11),
-        mock.patch.object(selection, "_ROWS_AT_ONCE", 20),
-        mock.patch.dict(utils._TILE_ELEMENTS, cpu=100),
-    ):
+    with mock.patch.object(utils, "CHUNK_TOKENS", 11), mock.patch.dict(utils._TILE_ELEMENTS, cpu=100):
         yield
 
 

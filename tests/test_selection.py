@@ -140,7 +140,7 @@ def test_scores_of_blocks_far_from_each_other(order, dtype):
     """By more than the range of exponentials: sums are rescaled, or what comes adds nothing."""
     case = Case((200,), heads=(3, 1), block_size=4, block_counts=50)
     q, k, v = case.qkv(dtype)
-    level = torch.arange(50) * 25.0  # a sum may grow by 30; four such steps are beyond float32's exponentials
+    level = torch.arange(50) * 8.0  # sums may grow by 10; a dozen such steps are beyond float32's exponentials
     if order == "random":
         level = level[torch.randperm(50, generator=torch.Generator().manual_seed(5))]
     q[..., 0], k[..., 0] = 1.0, (level if order != "falling" else level.flip(0)).repeat_interleave(4)[:, None]
@@ -151,8 +151,8 @@ def test_scores_of_blocks_far_from_each_other(order, dtype):
     truth_o, truth_lse = selection.selection_attention(
         *(x.double() for x in (q, k, v)), indices, case.lengths, block_size=4, softmax_scale=1.0, backend="reference"
     )
-    # A score of up to 1,225 is off by half a unit in the last place, and the products before it were by as much.
-    bound = 4 * 1225 * torch.finfo(dtype).eps
+    # A score of up to 392 is off by half a unit in the last place, and the products before it were by as much.
+    bound = 4 * 392 * torch.finfo(dtype).eps
     for condition in (contextlib.nullcontext(), small_tiles(), as_on_a_gpu()):
         with condition:
             o, lse = function(q, k, v)

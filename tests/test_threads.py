@@ -1,7 +1,11 @@
 """Key/value heads side by side on a CPU: the same results, torch's settings of a thread, whoever watches operators."""
 
+import contextlib
+import functools
+import gc
 import signal
 import threading
+import weakref
 
 import pytest
 import torch
@@ -91,7 +95,7 @@ def test_threads_that_cannot_be_started(threads, monkeypatch):
 
 def test_interrupted(threads, monkeypatch):
     """Ctrl-C reaches the main thread, wherever it waits; the others end first."""
-    kv_head, seen = utils.kv_head, []
+    kv_head, seen, alive = utils.kv_head, [], threading.active_count()
 
     def interrupt_once(*args):
         if not seen:
@@ -102,7 +106,7 @@ def test_interrupted(threads, monkeypatch):
     monkeypatch.setattr(utils, "kv_head", interrupt_once)
     with pytest.raises(KeyboardInterrupt):
         nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
-    assert torch.get_num_threads() == threads and threading.active_count() == 1
+    assert torch.get_num_threads() == threads and threading.active_count() == alive
 
 
 def test_an_error_of_a_head_is_raised(threads, monkeypatch):
@@ -127,6 +131,61 @@ def test_inference_mode(threads):
     assert o.is_inference() and torch.equal(o, expected)
 
 
+def test_calls_side_by_side_leave_the_number_of_threads(threads):
+    """Each starts and ends while others take their shares; their own number may be another than the process's."""
+    inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
+    torch.set_num_threads(threads + 1)
+    assert threads_of_a_new_thread() == threads + 1
+
+    def call_often():
+        for _ in range(10):
+            nsa(*inputs)
+
+    callers = [threading.Thread(target=call_often) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert torch.get_num_threads() == threads_of_a_new_thread() == threads + 1
+
+
+def test_a_caller_with_a_number_of_its_own(threads):
+    numbers = []
+
+    def call():
+        torch.get_num_threads()
+        may_call.wait()
+        nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+        numbers.append(torch.get_num_threads())
+
+    may_call, caller = threading.Event(), None
+    caller = threading.Thread(target=call)
+    torch.set_num_threads(threads)
+    caller.start()
+    torch.set_num_threads(threads + 3)
+    may_call.set()
+    caller.join()
+    assert threads_of_a_new_thread() == threads + 3
+
+
+def test_an_error_keeps_nothing(threads, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("of a head")
+
+    monkeypatch.setattr(utils, "kv_head", fail)
+    q, k, v = CASE.qkv(torch.float32)
+    gone = weakref.ref(q)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(RuntimeError):
+            nsa(q, k, v, *CASE.gates(torch.float32))
+        del q
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_who_counts_operations_sees_all_of_them(threads, monkeypatch):
     inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
     with FlopCounterMode(display=False) as counted:
@@ -137,9 +196,26 @@ def test_who_counts_operations_sees_all_of_them(threads, monkeypatch):
     assert counted.get_total_flops() == alone.get_total_flops() > 0
 
 
+@pytest.mark.parametrize(
+    "watch", [torch.profiler.profile, torch.autograd.profiler.profile, functools.partial(torch.device, "cpu")]
+)
+def test_who_watches_sees_one_thread(watch, threads, monkeypatch):
+    inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
+    with watch():
+        assert utils.heads_at_once(inputs[0], 3, CASE.lengths) == 1
+    assert utils.heads_at_once(inputs[0], 3, CASE.lengths) == min(threads, 6)
+
+
 def test_a_few_queries_start_no_thread(monkeypatch):
-    """A generated token of a 7B model."""
+    """A generated token of a 7B model, and, to see that the test can fail, a prompt."""
     monkeypatch.setattr(threading.Thread, "start", None)
-    lengths = utils.SequenceLengths.from_lengths([1], [3000])
-    q, k = torch.randn(1, 28, 128), torch.randn(3000, 4, 128)
-    attention.nsa_attention(q, k, k, *torch.rand(3, 1, 28), lengths, backend="torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for tokens in (1, 600):
+            lengths = utils.SequenceLengths.from_lengths([tokens], [3000])
+            q, k = torch.randn(tokens, 28, 128), torch.randn(3000, 4, 128)
+            with contextlib.nullcontext() if tokens == 1 else pytest.raises(TypeError):
+                attention.nsa_attention(q, k, k, *torch.rand(3, tokens, 28), lengths, backend="torch")
+    finally:
+        torch.set_num_threads(before)
