@@ -6,7 +6,10 @@ asks the demo's questions and prints how many answers a second came, and whether
 """
 
 import argparse
+import datetime
 import json
+import os
+import platform
 import time
 import urllib.error
 import urllib.request
@@ -83,8 +86,13 @@ def main() -> None:
         rounds.append({"right": right, "answers_per_second": round(len(asked) / seconds, 2)})
         print(f"{right} of {len(asked)} answers are the reference's; {len(asked) / seconds:.2f} answers a second")
     if arguments.output:
-        sizes = {"requests": arguments.requests, "at_once": arguments.at_once}
-        arguments.output.write_text(json.dumps(sizes | {"rounds": rounds}, indent=1) + "\n")
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "requests": arguments.requests,
+            "at_once": arguments.at_once,
+        }
+        arguments.output.write_text(json.dumps(about | {"rounds": rounds}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
