@@ -232,14 +232,9 @@ def _backward(do, saved, query, key, value, gates, plan, *settings):
     dgates[where.vision_rows] = torch.stack(gradients[3:], -1)
     scaling, backend = settings[3:]
     for call in text_calls(where, implementation, backend, query.device):
-        options = {
-            "implementation": implementation,
-            "scaling": scaling,
-            "backend": backend,
-            "positions": call.positions,
-        }
-        inputs = text_inputs(query, key, value, call)
-        dq_rows, *of_keys = operators.vjp(partial(attend_text, **options), inputs, do[call.sample, call.rows])
+        attend = partial(attend_text, implementation=implementation, scaling=scaling, backend=backend)
+        inputs, do_rows = text_inputs(query, key, value, call), do[call.sample, call.rows]
+        dq_rows, *of_keys = operators.vjp(partial(attend, positions=call.positions), inputs, do_rows)
         dq[call.sample, :, call.rows] = dq_rows
         for target, gradient in zip((dk[call.sample], dv[call.sample]), of_keys, strict=True):
             if isinstance(call.keys, slice):

@@ -257,7 +257,8 @@ def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, scratch):
         q_rows = scratch.take_rows("q", q, batch.tokens)
         scores = _scores(q_rows, k_blocks, batch, scratch)
         row_max = scores.amax(1).view(-1, group_size)
-        is_far = (row_max > reference[batch.tokens] + _EXPONENT_ROOM).any(1)
+        of_rows = reference[batch.tokens]
+        is_far = (row_max > of_rows + _EXPONENT_ROOM).any(1)
         if is_far.any():
             far = batch.tokens[is_far]
             changed = far.unique()
@@ -266,7 +267,8 @@ def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, scratch):
             factor = before.sub_(reference[changed]).exp_()
             total[changed] *= factor
             o[changed] *= factor[..., None]
-        probs = scores.sub_(reference[batch.tokens].view(-1, 1)).exp_()
+            of_rows = reference[batch.tokens]
+        probs = scores.sub_(of_rows.view(-1, 1)).exp_()
         total.index_add_(0, batch.tokens, probs.sum(1).view(-1, group_size))
         # Queries are not needed any more.
         o.index_add_(0, batch.tokens, _times(probs, v_blocks, batch, q_rows).view(-1, *q.shape[1:]))

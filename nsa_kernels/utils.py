@@ -4,6 +4,7 @@ Sequences are packed one after another along the first dimension, as in flash-at
 owns rows ``cu_seqlens[i] : cu_seqlens[i + 1]``. When it has fewer queries than keys, its queries are its last tokens.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -352,9 +353,10 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
     # Of equal size: that of tiles, and with it rounding, follows it, whichever thread takes a head.
     share = torch.get_num_threads() // workers
     is_inference = torch.is_inference_mode_enabled()
-    begun, taken = threading.Semaphore(0), threading.Semaphore(0)
-    may_take, may_give_back, may_work = (threading.Event() for _ in range(3))
     errors = []
+    # Three times: all have asked torch, which sets a thread's number to the process's; all have their shares, and with
+    # them the process; the process has its own again, and heads can begin.
+    meeting = threading.Barrier(workers + 1)
 
     def next_job() -> tuple[Span, int] | None:
         try:
@@ -363,58 +365,46 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
             return None
 
     def give_back() -> None:
-        of_process = torch.get_num_threads()  # what a thread begins with
-        begun.release()
-        may_give_back.wait()
+        of_process = torch.get_num_threads()
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait()
+            meeting.wait()
         torch.set_num_threads(of_process)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait()
 
     def work() -> None:
-        torch.get_num_threads()  # a thread's first question would set its number later
-        begun.release()
-        may_take.wait()
-        if not errors:
-            torch.set_num_threads(share)  # of this thread, and of all that begin until it is given back
-        taken.release()
-        may_work.wait()
+        torch.get_num_threads()
         try:
+            meeting.wait()
+            torch.set_num_threads(share)
+            meeting.wait()
+            meeting.wait()
             with torch.inference_mode(is_inference), torch.no_grad():
                 while not errors and (job := next_job()) is not None:
                     body(*job)
         except BaseException as error:
             errors.append(error)
 
-    last = threading.Thread(target=give_back)
-    threads = [threading.Thread(target=work) for _ in range(workers)]
     started = []  # and joined: a process that has threads cannot be forked
-
-    def end() -> None:
-        may_take.set()
-        may_work.set()
-        for thread in started:
-            thread.join()
-
     try:
         with _taking_shares:
-            last.start()
             try:
-                for thread in threads:
+                for target in (give_back, *[work] * workers):
+                    thread = threading.Thread(target=target)
                     thread.start()
                     started.append(thread)
-                for _ in (last, *started):
-                    begun.acquire()
-                may_take.set()
-                for _ in started:
-                    taken.acquire()
-            except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at
+            except BaseException as error:  # the first of errors, before those of threads that wait in vain
                 errors.append(error)
-                end()
-            finally:
-                may_give_back.set()
-                last.join()
-        end()
-    except BaseException as error:
+                meeting.abort()
+            for thread in started[:1]:
+                thread.join()
+        for thread in started:
+            thread.join()
+    except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at
         errors.append(error)
-        end()
+        for thread in started:
+            thread.join()
     try:
         if errors:
             raise errors[0]

@@ -150,22 +150,23 @@ def test_calls_side_by_side_leave_the_number_of_threads(threads):
 
 
 def test_a_caller_with_a_number_of_its_own(threads):
-    numbers = []
+    """It began before the process got another number; both keep theirs."""
+    has_asked, may_call, numbers = threading.Event(), threading.Event(), []
 
     def call():
         torch.get_num_threads()
-        may_call.wait()
+        has_asked.set()
+        may_call.wait(SECONDS)
         nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
         numbers.append(torch.get_num_threads())
 
-    may_call, caller = threading.Event(), None
     caller = threading.Thread(target=call)
-    torch.set_num_threads(threads)
     caller.start()
+    has_asked.wait(SECONDS)
     torch.set_num_threads(threads + 3)
     may_call.set()
     caller.join()
-    assert threads_of_a_new_thread() == threads + 3
+    assert numbers == [threads] and threads_of_a_new_thread() == threads + 3
 
 
 def test_an_error_keeps_nothing(threads, monkeypatch):
