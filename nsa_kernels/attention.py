@@ -27,7 +27,7 @@ def forward(
     """
     group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), utils.Scratch()
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if save:
         o_slc_all = torch.empty_like(o)
@@ -48,10 +48,6 @@ def forward(
                 o_slc, lse_slc = sliding_window.window_forward(
                     q_chunk, k_head, v_head, first, block_size * block_counts, softmax_scale
                 )
-            elif first + len(q_chunk) <= selection.MASKED_BLOCKS * block_size * block_counts:
-                o_slc, lse_slc = selection.selection_forward_masked(
-                    q_chunk, k_head, v_head, indices, first, block_size, softmax_scale
-                )
             else:
                 o_slc, lse_slc = selection.selection_forward(
                     q_chunk, k_blocks, v_blocks, indices, first, softmax_scale, scratch
@@ -61,9 +57,8 @@ def forward(
                 o_slc_all[index], indices_all[chunk, head] = o_slc, indices
                 for branch, lse in enumerate((lse_cmp, lse_slc, lse_swa)):
                     lse_all[branch][index] = lse
-            for branch, gate in ((o_cmp, g_cmp), (o_slc, g_slc), (o_swa, g_swa)):
-                branch.mul_(gate[index][..., None])
-            o[index] = o_cmp.add_(o_slc).add_(o_swa)
+            gate_cmp, gate_slc, gate_swa = (gate[index].to(acc)[..., None] for gate in (g_cmp, g_slc, g_swa))
+            o[index] = o_cmp.mul_(gate_cmp).addcmul_(o_slc, gate_slc).addcmul_(o_swa, gate_swa)
 
     utils.for_each_head(of_head, q, num_kv_heads, lengths)
     if save:
@@ -92,7 +87,7 @@ def backward(
     (o_slc,), (lse_cmp, lse_slc, lse_swa) = outputs, lses
     group_size = q.shape[1] // k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), utils.Scratch()
     dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
     )

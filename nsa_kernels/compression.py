@@ -45,31 +45,37 @@ def probability_tiles(
         k_cmp: (num_blocks, head_dim).
     Yields:
         rows of the tile; probs (rows, group_size, visible), where visible counts the blocks that the last row sees and
-        blocks hidden from a row have probability 0; lse (rows, group_size), -inf where a row sees no block.
+        blocks hidden from a row have probability 0, in memory that the next tile takes; lse (rows, group_size), -inf
+        where a row sees no block.
     """
     tokens, group_size, _ = q.shape
-    lowest = torch.finfo(q.dtype).min
+    lowest, scratch = torch.finfo(q.dtype).min, utils.Scratch()
     step = utils.tile_tokens(group_size * (first + tokens) // block_size, q.device)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
-        scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale)
+        scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale, scratch)
         if scores.shape[-1] == 0:
             yield rows, scores, scores.new_full(scores.shape[:-1], -torch.inf)
             continue
         # A row that sees nothing is all -inf: a finite maximum makes its exponentials 0 instead of nan.
         row_max = scores.amax(-1, keepdim=True).clamp_min_(lowest)
-        probs = scores.sub_(row_max).exp_()
+        probs = scores.sub_(row_max).exp2_()
         row_sum = probs.sum(-1, keepdim=True)
-        lse = (row_sum.log() + row_max).squeeze(-1)
+        lse = row_sum.log2().add_(row_max).squeeze(-1).mul_(utils.LN_2)
         # The largest term is exp(0), so the sum is at least 1 wherever there is a term at all.
         yield rows, probs.div_(row_sum.clamp_min_(1.0)), lse
 
 
-def _scores(q: Tensor, k_cmp: Tensor, first: int, block_size: int, softmax_scale: float) -> Tensor:
-    """(rows, group_size, visible) scaled scores, -inf where the row does not see the block."""
+def _scores(
+    q: Tensor, k_cmp: Tensor, first: int, block_size: int, softmax_scale: float, scratch: utils.Scratch
+) -> Tensor:
+    """(rows, group_size, visible) scaled scores in units of log 2, -inf where the row does not see the block."""
     rows, group_size, head_dim = q.shape
     visible = (first + rows) // block_size
-    scores = (q.reshape(-1, head_dim) @ (k_cmp[:visible] * softmax_scale).mT).view(rows, group_size, visible)
+    scores = scratch.take("scores", (rows * group_size, visible), q)
+    scale = softmax_scale * utils.LOG2_E
+    torch.addmm(scores, q.reshape(-1, head_dim), k_cmp[:visible].mT, beta=0, alpha=scale, out=scores)
+    scores = scores.view(rows, group_size, visible)
     seen_by_all = (first + 1) // block_size
     if seen_by_all < visible:  # only the last columns of a tile can be hidden from some of its rows
         position = torch.arange(first, first + rows, device=q.device)
@@ -101,16 +107,16 @@ def compression_backward(
     """
     tokens, group_size, head_dim = q.shape
     dq = torch.zeros_like(q)
-    delta = torch.zeros_like(lse)
+    delta, scratch = torch.zeros_like(lse), utils.Scratch()
     step = utils.tile_tokens(2 * group_size * (first + tokens) // block_size, q.device)
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
-        scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale)
+        scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale, scratch)
         visible = scores.shape[-1]
         if visible == 0:
             continue
         finite_lse = lse[rows].masked_fill(lse[rows].isneginf(), 0.0)  # exp(-inf - 0) = 0 on rows that see nothing
-        probs = scores.sub_(finite_lse[..., None]).exp_()
+        probs = scores.sub_(finite_lse.mul_(utils.LOG2_E)[..., None]).exp2_()
         q_rows, do_rows = q[rows].reshape(-1, head_dim), do[rows].reshape(-1, head_dim)
         dscores = (do_rows @ v_cmp[:visible].mT).view_as(probs)
         delta[rows] = (probs * dscores).sum(-1)
@@ -135,12 +141,14 @@ def choose_blocks(importance: Tensor, first: int, block_size: int, block_counts:
     tokens, num_blocks = importance.shape
     own = torch.arange(first, first + tokens, device=importance.device)[:, None] // block_size
     count = min(block_counts - 1, num_blocks)
+    before = min(first // block_size, num_blocks)  # columns that are before the own block of every token
     column = torch.arange(num_blocks, device=importance.device)
     if importance.dtype == torch.float32:
         # A non-negative float and its bits order alike. With the reversed column in the low half, keys are unique,
         # so that top-k, whose ties are arbitrary, has none left to break.
-        key = (importance.view(torch.int32).long() << 32) + (num_blocks - column)
-        best = key.masked_fill_(column >= own, -1).topk(count, sorted=False).indices
+        key = importance.view(torch.int32).long().bitwise_left_shift_(32).add_(num_blocks - column)
+        key[:, before:].masked_fill_(column[before:] >= own, -1)
+        best = key.topk(count, sorted=False).indices
     else:
         importance = importance.masked_fill(column >= own, -1.0)
         best = importance.sort(descending=True, stable=True).indices[:, :count]

@@ -9,14 +9,17 @@ For a chunk of query tokens and one key/value head, the pairs are sorted by bloc
 that all selected one block. Two products of the tile with the block give each pair's share of its token's sums.
 
 On a CPU a tile is every pair of a block, the block's keys are read where they lie, and shares are added to the sums at
-once. Elsewhere tiles have one size, so that a batch of them is one product, and each pair's unnormalised output and
-softmax state (maximum, log-sum-exp) are kept for a weighted gather that adds up the pairs of each token. There every
-shape is known beforehand, so nothing waits for the device. Every sum has a fixed order.
+once: exponentials are relative to the largest score in the token's own block, or, where others are far above it, to
+the largest of all. Elsewhere tiles have one size, so that a batch of them is one product, and each pair's unnormalised
+output and softmax state (maximum, log-sum-exp) are kept for a weighted gather that adds up the pairs of each token.
+There every shape is known beforehand, so nothing waits for the device. Every sum has a fixed order.
+
+Scores are in units of log 2, as exp2 is faster than exp.
 """
 
-import threading
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,16 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dense, operators, reference, utils
+from . import operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens, where they are kept: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
-# How far scores may lie above the one that exponentials are relative to: exp(10) is 22,000.
-_EXPONENT_ROOM = 10.0
-# Up to so many times the keys that are selected, scores for all keys are faster than gathering.
-MASKED_BLOCKS = 2
-# Query tokens that `selection_forward_masked` takes at a time.
-_MASKED_TOKENS = 512
+# Sums of exponentials that are relative to a score of one block may grow so far: v times it is finite in float32.
+_LARGEST_SUM = 1e10
 
 
 class _Pairs(NamedTuple):
@@ -54,34 +53,15 @@ class _Batch(NamedTuple):
 
     tokens: Tensor  # (pairs,), 0 for a pair that is none
     is_pair: Tensor | None  # (pairs,), bool: False where a tile is not full; None where all are
-    blocks: Tensor | list[tuple[int, slice]]  # (tiles,) of equal tiles, or each tile's block and rows
+    blocks: Tensor | list[int]  # of each tile
+    tile_rows: list[int] | None  # of each tile; None where all have as many
     mask: Tensor | None  # (pairs, 1, B): -inf where it hides a key from a pair, 0 elsewhere; None hides none
-
-
-class Scratch:
-    """Memory that each thread reuses from one use to the next: fresh pages cost as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call with this name."""
-        numel, key = torch.Size(shape).numel(), (name, threading.get_ident())
-        if key not in self._buffers or self._buffers[key].numel() < numel:
-            self._buffers.pop(key, None)  # freed before the larger one is allocated
-            self._buffers[key] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
-        return self._buffers[key][:numel].view(shape)
-
-    def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
-        """x (tokens, group_size[, dim]), rows (pairs,) -> (pairs * group_size, dim or 1), in such memory."""
-        taken = torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
-        return taken.view(len(rows) * x.shape[1], -1)
 
 
 def chunk_tokens(device: torch.device, block_counts: int, group_size: int, head_dim: int) -> int:
     """Query tokens per chunk, so that what is kept of their pairs stays within a fixed size."""
-    if utils.reading_is_free(device):  # nothing is kept
-        return utils.CHUNK_TOKENS
+    if utils.reading_is_free(device):  # nothing is kept, and more tokens share a block
+        return 2 * utils.CHUNK_TOKENS
     return min(utils.CHUNK_TOKENS, max(1, _PARTIAL_ELEMENTS // (block_counts * group_size * head_dim)))
 
 
@@ -107,9 +87,10 @@ class Blocks:
         """(num_blocks, size, head_dim), for gradients."""
         return self.whole.new_zeros(len(self), *self.whole.shape[1:])
 
-    def __getitem__(self, block: int) -> Tensor:
-        """(size, head_dim), a view."""
-        return self.whole[block] if block < len(self.whole) else self.last[0]
+    @cached_property
+    def views(self) -> tuple[Tensor, ...]:
+        """(size, head_dim) of each."""
+        return self.whole.unbind() + self.last.unbind()
 
     def fetch(self, blocks: Tensor) -> Tensor:
         """(tiles,) -> (tiles, size, head_dim), a copy."""
@@ -132,24 +113,27 @@ def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: 
 
 
 def _whole_runs(pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int) -> Iterator[_Batch]:
-    """Batches of all pairs in their order, with a tile for each run or part of one."""
-    starts, tokens = pairs.starts.tolist(), pairs.order // pairs.counted.shape[1]
-    group_size, head_dim = q.shape[1:]
-    step = utils.tile_tokens(group_size * (head_dim + block_size), q.device)
-    own_end, last_end = starts[num_blocks], starts[-1]
-    for is_own, begin, end in ((True, 0, own_end), (False, own_end, last_end)):
-        for start in range(begin, end, step):
-            stop = min(start + step, end)
-            blocks, run = [], bisect_right(starts, start) - 1
-            while starts[run] < stop:
-                edges = max(starts[run], start) - start, min(starts[run + 1], stop) - start
-                if edges[0] < edges[1]:
-                    blocks.append((run % num_blocks, slice(*(edge * group_size for edge in edges))))
-                run += 1
-            rows, mask = tokens[start:stop], None
-            if is_own:
-                mask = _causal_mask(rows, pairs.run[start:stop], block_size, first, q)
-            yield _Batch(rows, None, blocks, mask)
+    """Batches of all pairs in their order: some whole runs, or a part of a long one."""
+    tokens, group_size = pairs.order // pairs.counted.shape[1], q.shape[1]
+    limit = 2 * utils.tile_tokens(group_size * (q.shape[2] + block_size), q.device)
+    tiles: list[tuple[int, int, int]] = []  # run, and its pairs, of the batch that is being filled
+
+    def batch() -> _Batch:
+        pair_slice, mask = slice(tiles[0][1], tiles[-1][2]), None
+        if tiles[0][0] < num_blocks:
+            mask = _causal_mask(tokens[pair_slice], pairs.run[pair_slice], block_size, first, q)
+        tile_rows = [(stop - start) * group_size for _, start, stop in tiles]
+        return _Batch(tokens[pair_slice], None, [run % num_blocks for run, *_ in tiles], tile_rows, mask)
+
+    for run, (run_start, run_stop) in enumerate(pairwise(pairs.starts.tolist())):
+        for start in range(run_start, run_stop, limit):
+            stop = min(start + limit, run_stop)
+            if tiles and (stop - tiles[0][1] > limit or tiles[0][0] < num_blocks <= run):
+                yield batch()
+                tiles.clear()
+            tiles.append((run, start, stop))
+    if tiles:
+        yield batch()
 
 
 def _equal_tiles(
@@ -185,7 +169,7 @@ def _equal_tiles(
             tiles = slice(start, min(start + step, num_tiles))
             rows, blocks = tokens[tiles].flatten(), run[tiles] % num_blocks
             mask = _causal_mask(rows, blocks.repeat_interleave(size), block_size, first, q)
-            yield _Batch(rows, is_pair[tiles].flatten(), blocks, mask)
+            yield _Batch(rows, is_pair[tiles].flatten(), blocks, None, mask)
 
     return batches(), num_tiles * size, slots
 
@@ -197,23 +181,28 @@ def _causal_mask(tokens: Tensor, blocks: Tensor, block_size: int, first: int, li
     return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _scores(q_rows: Tensor, k_blocks: Blocks, batch: _Batch, scratch: Scratch) -> Tensor:
-    """Products of each row with the keys of its block, masked: (rows, B)."""
-    scores = _times(q_rows, k_blocks, batch, scratch.take("scores", (len(q_rows), k_blocks.size), q_rows), of_dims=True)
+def _scores(q_rows: Tensor, k_blocks: Blocks, batch: _Batch, scale: float, scratch: utils.Scratch) -> Tensor:
+    """Scores of each row and the keys of its block, in units of log 2, masked: (rows, B)."""
+    scores = scratch.take("scores", (len(q_rows), k_blocks.size), q_rows)
+    _times(q_rows, k_blocks, batch, scores, of_dims=True, scale=scale * utils.LOG2_E)
     if batch.mask is not None:
         scores.view(len(batch.tokens), -1, k_blocks.size).add_(batch.mask)
     return scores
 
 
-def _times(rows: Tensor, blocks: Blocks, batch: _Batch, out: Tensor, of_dims: bool = False) -> Tensor:
-    """out = each row times its block (B, head_dim): sums over B, or over head_dim."""
+def _times(
+    rows: Tensor, blocks: Blocks, batch: _Batch, out: Tensor, of_dims: bool = False, scale: float = 1.0
+) -> Tensor:
+    """out = scale * each row times its block (B, head_dim): sums over B, or over head_dim."""
     if isinstance(batch.blocks, Tensor):
         tiles, fetched = len(batch.blocks), blocks.fetch(batch.blocks)
         rows, target = (x.view(tiles, -1, x.shape[1]) for x in (rows, out))
-        torch.bmm(rows, fetched.mT if of_dims else fetched, out=target)
+        torch.baddbmm(target, rows, fetched.mT if of_dims else fetched, beta=0, alpha=scale, out=target)
     else:
-        for block, part in batch.blocks:
-            torch.mm(rows[part], blocks[block].T if of_dims else blocks[block], out=out[part])
+        tiles = (x.split(batch.tile_rows) for x in (rows, out))
+        for block, part, target in zip(batch.blocks, *tiles, strict=True):
+            block = blocks.views[block]
+            torch.addmm(target, part, block.T if of_dims else block, beta=0, alpha=scale, out=target)
     return out
 
 
@@ -223,8 +212,9 @@ def _add_products_(target: Tensor, left: Tensor, right: Tensor, batch: _Batch) -
         left, right = (x.view(len(batch.blocks), -1, x.shape[1]) for x in (left, right))
         utils.add_rows_(target, batch.blocks, left.mT @ right)
     else:
-        for block, part in batch.blocks:
-            target[block].addmm_(left[part].T, right[part])
+        tiles = (x.split(batch.tile_rows) for x in (left, right))
+        for block, left_rows, right_rows in zip(batch.blocks, *tiles, strict=True):
+            target[block].addmm_(left_rows.T, right_rows)
 
 
 def selection_forward(
@@ -234,7 +224,7 @@ def selection_forward(
     block_indices: Tensor,
     first: int,
     softmax_scale: float,
-    scratch: Scratch,
+    scratch: utils.Scratch,
 ) -> tuple[Tensor, Tensor]:
     """o (tokens, group_size, head_dim) and lse (tokens, group_size) for one chunk and one key/value head.
 
@@ -245,89 +235,80 @@ def selection_forward(
     """
     pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
     forward = _forward_by_runs if utils.reading_is_free(q.device) else _forward_by_tiles
-    return forward(pairs, q * softmax_scale, k_blocks, v_blocks, first, scratch)
+    return forward(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch)
 
 
-def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, scratch):
-    """Exponentials are relative to a score of their row that grows when another is far above it, which is seldom."""
+def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch):
+    batches = list(_whole_runs(pairs, q, k_blocks.size, len(k_blocks), first))
+    own = [batch for batch in batches if batch.mask is not None]
+    reference = _largest_scores(own, q, k_blocks, softmax_scale, scratch)
+    o, total = _sums(batches, reference, q, k_blocks, v_blocks, softmax_scale, scratch)
+    is_far = ~(total <= _LARGEST_SUM)  # or nan, or a token without its own block
+    if is_far.any():  # other rows stay as they are, to the last digit
+        largest = _largest_scores(batches, q, k_blocks, softmax_scale, scratch)
+        reference = torch.where(is_far, largest, reference)
+        o, total = _sums(batches, reference, q, k_blocks, v_blocks, softmax_scale, scratch)
+    # The sum of a token's exponentials is at least that of its reference, 1; or 0 without blocks.
+    return o.div_(total.clamp_min(1.0)[..., None]), reference.add_(total.log2_()).mul_(utils.LN_2)
+
+
+def _largest_scores(
+    batches: Iterable[_Batch], q: Tensor, k_blocks: Blocks, softmax_scale: float, scratch: utils.Scratch
+) -> Tensor:
+    """(tokens, group_size): the largest score of a row in any of the batches, the lowest number where it is in none."""
     tokens, group_size, _ = q.shape
-    o, total = torch.zeros_like(q), q.new_zeros(tokens, group_size)
-    reference = q.new_full((tokens, group_size), torch.finfo(q.dtype).min)
-    for batch in _whole_runs(pairs, q, k_blocks.size, len(k_blocks), first):
+    largest = q.new_full((tokens, group_size), torch.finfo(q.dtype).min)
+    for batch in batches:
+        scores = _scores(scratch.take_rows("q", q, batch.tokens), k_blocks, batch, softmax_scale, scratch)
+        index = batch.tokens[:, None].expand(-1, group_size)
+        largest.scatter_reduce_(0, index, scores.amax(1).view(-1, group_size), "amax")
+    return largest
+
+
+def _sums(
+    batches: Iterable[_Batch],
+    reference: Tensor,
+    q: Tensor,
+    k_blocks: Blocks,
+    v_blocks: Blocks,
+    softmax_scale: float,
+    scratch: utils.Scratch,
+) -> tuple[Tensor, Tensor]:
+    """Sums of exponentials, relative to the reference, times values (like q), and without them (tokens, group_size)."""
+    o, total = torch.zeros_like(q), torch.zeros_like(reference)
+    for batch in batches:
         q_rows = scratch.take_rows("q", q, batch.tokens)
-        scores = _scores(q_rows, k_blocks, batch, scratch)
-        row_max = scores.amax(1).view(-1, group_size)
-        of_rows = reference[batch.tokens]
-        is_far = (row_max > of_rows + _EXPONENT_ROOM).any(1)
-        if is_far.any():
-            far = batch.tokens[is_far]
-            changed = far.unique()
-            before = reference[changed]
-            reference.scatter_reduce_(0, far[:, None].expand(-1, group_size), row_max[is_far], "amax")
-            factor = before.sub_(reference[changed]).exp_()
-            total[changed] *= factor
-            o[changed] *= factor[..., None]
-            of_rows = reference[batch.tokens]
-        probs = scores.sub_(of_rows.view(-1, 1)).exp_()
-        total.index_add_(0, batch.tokens, probs.sum(1).view(-1, group_size))
+        scores = _scores(q_rows, k_blocks, batch, softmax_scale, scratch)
+        probs = scores.sub_(reference[batch.tokens].view(-1, 1)).exp2_()
+        total.index_add_(0, batch.tokens, probs.sum(1).view(-1, q.shape[1]))
         # Queries are not needed any more.
         o.index_add_(0, batch.tokens, _times(probs, v_blocks, batch, q_rows).view(-1, *q.shape[1:]))
-    # The sum of a token's exponentials is at least that of its reference, 1; or 0 without blocks.
-    return o.div_(total.clamp_min(1.0)[..., None]), reference.add_(total.log_())
+    return o, total
 
 
-def _forward_by_tiles(pairs, q, k_blocks, v_blocks, first, scratch):
+def _forward_by_tiles(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch):
     group_size, head_dim = q.shape[1:]
     batches, num_slots, slots = _equal_tiles(pairs, q, k_blocks.size, len(k_blocks), first)
     partial = scratch.take("partial", (num_slots * group_size, head_dim), q)
     maximum, log_sum = (q.new_empty(num_slots * group_size) for _ in range(2))
     lowest, stop = torch.finfo(q.dtype).min, 0
     for batch in batches:
-        scores = _scores(scratch.take_rows("q", q, batch.tokens), k_blocks, batch, scratch)
+        q_rows = scratch.take_rows("q", q, batch.tokens)
+        scores = _scores(q_rows, k_blocks, batch, softmax_scale, scratch)
         # A finite maximum keeps nan out of the rows of a tile that is not full.
         row_max = scores.amax(1, keepdim=True).clamp_min_(lowest)
-        probs = scores.sub_(row_max).exp_()
+        probs = scores.sub_(row_max).exp2_()
         rows = slice(stop, stop := stop + len(probs))
-        maximum[rows], log_sum[rows] = row_max[:, 0], probs.sum(1).log_()
+        maximum[rows], log_sum[rows] = row_max[:, 0], probs.sum(1).log2_()
         _times(probs, v_blocks, batch, partial[rows])
 
     # Each token's pairs, weighted by their share of its softmax: (tokens, block_counts, group_size).
-    maximum, log_sum = (x.view(-1, group_size)[slots] for x in (maximum, log_sum))
+    maximum, log_sum = (x.mul_(utils.LN_2).view(-1, group_size)[slots] for x in (maximum, log_sum))
     lse = (maximum + log_sum).masked_fill_(~pairs.counted[..., None], -torch.inf).logsumexp(1)
     # Of a token without pairs all weights are 0.
     shift = lse.masked_fill(lse.isneginf(), 0.0)[:, None]
     weights = maximum.sub_(shift).exp_().masked_fill_(~pairs.counted[..., None], 0.0)
     return _add_pairs(partial, slots, group_size, weights), lse
-
-
-def selection_forward_masked(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, first: int, block_size: int, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
-    """The same with scores for all keys, which is faster where most blocks are selected; every token needs a block.
-
-    Args:
-        k, v: (num_keys, head_dim).
-    """
-    tokens, step = q.shape[0], _MASKED_TOKENS
-    if not dense.is_fused(q):
-        step = min(step, utils.tile_tokens(q.shape[1] * (first + tokens), q.device))
-    o, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
-    for start in range(0, tokens, step):
-        rows = slice(start, min(start + step, tokens))
-        keys = slice(first + rows.stop)
-        num_blocks = -(-keys.stop // block_size)
-        blocks = block_indices[rows].long()
-        blocks = blocks.masked_fill((blocks < 0) | (blocks > num_blocks), num_blocks)  # a column that is not looked at
-        is_chosen = blocks.new_zeros(len(blocks), num_blocks + 1, dtype=torch.bool).scatter_(1, blocks, True)
-        position = torch.arange(first + start, keys.stop, device=q.device)
-        is_seen = is_chosen.repeat_interleave(block_size, 1)[:, : keys.stop]
-        is_seen &= torch.arange(keys.stop, device=q.device) <= position[:, None]
-        mask = torch.where(is_seen, 0.0, -torch.inf).to(q.dtype)
-        o_rows, lse_rows = dense.attend(
-            q[rows].transpose(0, 1)[None], k[None, None, keys], v[None, None, keys], softmax_scale, mask
-        )
-        o[rows], lse[rows] = o_rows[0].transpose(0, 1), lse_rows[0].T
-    return o, lse
 
 
 def _add_pairs(partial: Tensor, slots: Tensor, group_size: int, weights: Tensor) -> Tensor:
@@ -350,7 +331,7 @@ def selection_backward(
     dv_blocks: Tensor,
     first: int,
     softmax_scale: float,
-    scratch: Scratch,
+    scratch: utils.Scratch,
     gate: Tensor | None = None,
 ) -> Tensor:
     """Gradients of ``gate * o``: returns dq like q, adds to dk_blocks and dv_blocks in place.
@@ -365,7 +346,7 @@ def selection_backward(
     else:
         batches, num_slots, slots = _equal_tiles(pairs, q, k_blocks.size, len(k_blocks), first)
         partial = scratch.take("partial", (num_slots * group_size, head_dim), q)
-    q, stop = q * softmax_scale, 0  # for scores, and with it for dk
+    q, lse, stop = q * softmax_scale, lse * utils.LOG2_E, 0  # q for scores, and with it for dk
     for batch in batches:
         q_rows, do_rows, lse_rows, delta_rows = (
             scratch.take_rows(name, x, batch.tokens)
@@ -374,7 +355,7 @@ def selection_backward(
         if batch.is_pair is not None:
             # Rows without a pair repeat token 0 of the chunk: an infinite lse makes their probabilities 0.
             lse_rows.view(-1, group_size).masked_fill_(~batch.is_pair[:, None], torch.inf)
-        probs = _scores(q_rows, k_blocks, batch, scratch).sub_(lse_rows).exp_()
+        probs = _scores(q_rows, k_blocks, batch, 1.0, scratch).sub_(lse_rows).exp2_()
         dscores = _times(do_rows, v_blocks, batch, scratch.take("dscores", probs.shape, q), of_dims=True)
         if gate is not None:
             probs.mul_(scratch.take_rows("gate", gate, batch.tokens))
@@ -397,7 +378,7 @@ class _SelectionFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
-        scratch = Scratch()
+        scratch = utils.Scratch()
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
 
@@ -424,7 +405,7 @@ class _SelectionFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
-        scratch = Scratch()
+        scratch = utils.Scratch()
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
         def of_head(span: utils.Span, head: int) -> None:

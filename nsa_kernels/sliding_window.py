@@ -74,15 +74,18 @@ def window_forward(
             q.transpose(0, 1)[None], k[None, None, :tokens], v[None, None, :tokens], softmax_scale, is_causal=True
         )
         return o[0].transpose(0, 1), lse[0].T
-    o = torch.empty_like(q)
-    lse = q.new_empty(q.shape[:2])
-    for tile in _tiles(q, first, window_size, together=dense.is_fused(q)):
-        o_rows, lse_rows = dense.attend(
+    parts = [
+        dense.attend(
             q[tile.rows].reshape(tile.number, 1, -1, head_dim), tile.keys_of(k)[:, None], tile.keys_of(v)[:, None],
             softmax_scale, tile.band.expand(-1, group_size, -1).flatten(0, 1),
-        )  # fmt: skip
-        o[tile.rows], lse[tile.rows] = o_rows.view_as(o[tile.rows]), lse_rows.reshape(lse[tile.rows].shape)
-    return o, lse
+        )
+        for tile in _tiles(q, first, window_size, together=dense.is_fused(q))
+    ]  # fmt: skip
+    if len(parts) == 1:
+        ((o, lse),) = parts
+    else:
+        o, lse = (torch.cat([x.flatten(0, 2) for x in side]) for side in zip(*parts, strict=True))
+    return o.view_as(q), lse.reshape(q.shape[:2])
 
 
 def window_backward(

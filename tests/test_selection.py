@@ -162,6 +162,37 @@ def test_scores_of_blocks_far_from_each_other(order, dtype):
         assert (o - truth_o).abs().max() < 2 * bound * v.abs().max()
 
 
+def test_a_row_whose_own_block_is_far_below_others_changes_no_other_row(monkeypatch):
+    """It alone gets another reference; on a CPU, where sums are relative to a score of the own block first."""
+    case = Case((90, 40), heads=(4, 2), block_counts=4)
+    q, k, v = case.qkv(torch.float32)
+    indices = compression.select_blocks(q, k, case.lengths, block_size=case.block_size, block_counts=4)
+    passes = []
+    monkeypatch.setattr(selection, "_largest_scores", seen(selection._largest_scores, passes))
+    o, lse = (attend(case, indices, "torch", output)(q, k, v) for output in (0, 1))
+    assert len(passes) == 2 * 2 * 2  # outputs, sequences and heads: none was computed again
+    q[70, 1] *= 300.0
+    far_o, far_lse = (attend(case, indices, "torch", output)(q, k, v) for output in (0, 1))
+    assert len(passes) == 2 * 8 + 2
+    rest = torch.ones(130, 4, dtype=torch.bool)
+    rest[70, 1] = False
+    assert torch.equal(far_o[rest], o[rest]) and torch.equal(far_lse[rest], lse[rest])
+    truth = attend(case, indices, "reference")(*(x.double() for x in (q, k, v)))
+    # Scores in the hundreds, as in the test above.
+    bound = 8 * float(far_lse[70, 1].abs()) * torch.finfo(torch.float32).eps * float(v.abs().max())
+    assert (far_o[70, 1] - truth[70, 1]).abs().max() < bound
+
+
+def seen(function, calls: list):
+    """The function, which notes its calls."""
+
+    def noted(*args):
+        calls.append(args)
+        return function(*args)
+
+    return noted
+
+
 def test_nan_stays_with_the_tokens_that_select_it():
     """In the first block of a batch, in a later one, and in a token's own."""
     case = Case((60,), heads=(2, 1), block_size=4, block_counts=4)
