@@ -8,10 +8,12 @@ common, which is the hardest case for the selection branch. Dense attention is t
 scaled_dot_product_attention(is_causal=True, enable_gqa=True). Then, for `--layer-tokens`, a whole decoder layer of the
 7B, projections and MLP included, ours on vision tokens and Qwen2.5-VL's with that dense attention.
 
-Every measurement runs in a process of its own, so that none inherits another's memory. Ratios are dense over NSA, of
-wall time and of CPU time; the second is the one to look at where `load_average` shows that the machine did other work.
-"pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest resident set
-during the call, minus the resident set before it, when the inputs exist: it includes the output.
+The calls of one length take turns in one process, as a machine's speed changes from minute to minute. Ratios are dense
+over NSA, of wall time and of CPU time; the second is the one to look at where `load_average` shows that the machine did
+other work. "pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest
+resident set during the first call, minus the resident set before it, when the inputs exist: it includes the output.
+Only that of NSA, which comes first, inherits no memory from others. With `--before`, the folder of an older version of
+this repository, its NSA is measured after each length, again in turn with dense attention.
 """
 
 import argparse
@@ -29,12 +31,13 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Set by `measure_apart`, for `--before`.
+sys.path.insert(0, os.environ.get("VIDEONSA_ROOT") or str(Path(__file__).resolve().parents[1]))
 
 BRANCHES = ("compression", "block choice", "selection", "window")
 LAYERS = ("layer", "dense layer")
-# Calls of a minute or more are measured once.
-DENSE_REPEAT_TOKENS = 16384
+# Calls of more than this are measured once: they take minutes, and average over the machine's moods themselves.
+REPEATED_TOKENS = 32768
 
 
 def make_call(name: str, tokens: int) -> Callable[[], object]:
@@ -87,30 +90,38 @@ def resident_bytes(field: str) -> int:
 
 
 @torch.no_grad()
-def measure(name: str, tokens: int, repeats: int, threads: int) -> dict:
-    """Wall and CPU seconds of each repeat, and extra memory of the first, in this process."""
+def measure(names: list[str], tokens: int, repeats: int, threads: int) -> dict[str, dict]:
+    """Wall and CPU seconds of calls that take turns in this process, and extra memory of the first of each."""
     torch.set_num_threads(threads)
-    make_call(name, 512)()
-    call = make_call(name, tokens)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
-    before = resident_bytes("VmRSS")
-    seconds, cpu_seconds, extra = [], [], 0
+    for name in names:
+        make_call(name, 512)()
+    results = {name: {"seconds": [], "cpu_seconds": []} for name in names}
     for repeat in range(repeats):
-        start, cpu_start = time.perf_counter(), time.process_time()
-        call()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-        if repeat == 0:
-            extra = resident_bytes("VmHWM") - before
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "extra_bytes": extra}
+        for name, result in results.items():
+            call = make_call(name, tokens)
+            Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
+            before = resident_bytes("VmRSS")
+            start, cpu_start = time.perf_counter(), time.process_time()
+            call()
+            result["seconds"].append(time.perf_counter() - start)
+            result["cpu_seconds"].append(time.process_time() - cpu_start)
+            if repeat == 0:
+                result["extra_bytes"] = resident_bytes("VmHWM") - before
+            del call
+    for result in results.values():
+        result["median_seconds"] = statistics.median(result["seconds"])
+        result["median_cpu_seconds"] = statistics.median(result["cpu_seconds"])
+    return results
 
 
-def measure_apart(name: str, tokens: int, repeats: int, threads: int) -> dict:
-    """`measure` in a fresh process."""
-    command = [sys.executable, __file__, "--measure", name, "--tokens", str(tokens)]
+def measure_apart(names: list[str], tokens: int, repeats: int, threads: int, root: Path | None = None) -> dict:
+    """`measure` in a fresh process, of the code in another folder where one is given."""
+    command = [sys.executable, __file__, "--measure", *names, "--tokens", str(tokens)]
     command += ["--repeats", str(repeats), "--threads", str(threads)]
     # Threads that spin at the end of every small parallel region are lost to whatever else runs on the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    if root is not None:
+        environment["VIDEONSA_ROOT"] = str(root)
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout)
 
@@ -135,8 +146,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls per measurement; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--measure", help="one measurement in this process, as JSON to stdout")
+    parser.add_argument("--before", type=Path, help="folder of an older version, to be measured too")
+    parser.add_argument("--measure", nargs="+", help="these calls in this process, as JSON to stdout")
     args = parser.parse_args()
+    if args.before and not (args.before / "nsa_kernels").is_dir():
+        parser.error(f"--before must be a folder with nsa_kernels in it, got {args.before}")
     if args.measure:
         print(json.dumps(measure(args.measure, args.tokens[0], args.repeats, args.threads)))
         return
@@ -156,12 +170,12 @@ def main() -> None:
     wanted += [("layer", *LAYERS, (), tokens) for tokens in args.layer_tokens]
     for what, sparse, dense, others, tokens in wanted:
         row = {"what": what, "tokens": tokens, "pairs": pairs_ratio(tokens)}
-        for name in (sparse, dense, *others):
-            is_long = tokens > DENSE_REPEAT_TOKENS and (name == dense or what == "layer")
-            row[name] = measure_apart(name, tokens, 1 if is_long else args.repeats, args.threads)
-            row[name]["median_seconds"] = statistics.median(row[name]["seconds"])
-            row[name]["median_cpu_seconds"] = statistics.median(row[name]["cpu_seconds"])
-            row[name]["load_average_after"] = os.getloadavg()[0]  # above the number of threads: disturbed
+        repeats = args.repeats if tokens < REPEATED_TOKENS and what == "attention" else 1
+        row |= measure_apart([sparse, dense, *others], tokens, repeats, args.threads)
+        if args.before and what == "attention":
+            older = measure_apart([sparse, dense], tokens, repeats, args.threads, args.before.resolve())
+            row["before"], row["dense beside before"] = older[sparse], older[dense]
+        row["load_average_after"] = os.getloadavg()[0]  # above the number of threads: disturbed
         row["ratio"] = row[dense]["median_seconds"] / row[sparse]["median_seconds"]
         row["cpu_ratio"] = row[dense]["median_cpu_seconds"] / row[sparse]["median_cpu_seconds"]
         report["rows"].append(row)
