@@ -12,8 +12,8 @@ The calls of one length take turns in one process, as a machine's speed changes 
 over NSA, of wall time and of CPU time; the second is the one to look at where `load_average` shows that the machine did
 other work. "pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest
 resident set during the first call, minus the resident set before it, when the inputs exist: it includes the output.
-Only that of NSA, which comes first, inherits no memory from others. With `--before`, the folder of an older version of
-this repository, its NSA is measured after each length, again in turn with dense attention.
+Only that of NSA, which comes first, inherits no memory from others. With `--before`, a commit of this repository, that
+version's NSA is measured after each length, again in turn with dense attention.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -31,13 +32,15 @@ from pathlib import Path
 
 import torch
 
-# Set by `measure_apart`, for `--before`.
-sys.path.insert(0, os.environ.get("VIDEONSA_ROOT") or str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 BRANCHES = ("compression", "block choice", "selection", "window")
 LAYERS = ("layer", "dense layer")
-# Calls of more than this are measured once: they take minutes, and average over the machine's moods themselves.
-REPEATED_TOKENS = 32768
+# Calls of this many tokens, and layers, are measured once: they take minutes, and average over the machine's moods.
+MEASURED_ONCE = 32768
+# Enough for every way that attention takes.
+WARM_UP_TOKENS = 2560
 
 
 def make_call(name: str, tokens: int) -> Callable[[], object]:
@@ -94,7 +97,7 @@ def measure(names: list[str], tokens: int, repeats: int, threads: int) -> dict[s
     """Wall and CPU seconds of calls that take turns in this process, and extra memory of the first of each."""
     torch.set_num_threads(threads)
     for name in names:
-        make_call(name, 512)()
+        make_call(name, WARM_UP_TOKENS)()
     results = {name: {"seconds": [], "cpu_seconds": []} for name in names}
     for repeat in range(repeats):
         for name, result in results.items():
@@ -114,14 +117,12 @@ def measure(names: list[str], tokens: int, repeats: int, threads: int) -> dict[s
     return results
 
 
-def measure_apart(names: list[str], tokens: int, repeats: int, threads: int, root: Path | None = None) -> dict:
-    """`measure` in a fresh process, of the code in another folder where one is given."""
-    command = [sys.executable, __file__, "--measure", *names, "--tokens", str(tokens)]
+def measure_apart(names: list[str], tokens: int, repeats: int, threads: int, root: Path = ROOT) -> dict:
+    """`measure` in a fresh process, of the code in a folder."""
+    command = [sys.executable, __file__, "--measure", *names, "--tokens", str(tokens), "--root", str(root)]
     command += ["--repeats", str(repeats), "--threads", str(threads)]
     # Threads that spin at the end of every small parallel region are lost to whatever else runs on the machine.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    if root is not None:
-        environment["VIDEONSA_ROOT"] = str(root)
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(result.stdout)
 
@@ -146,20 +147,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="calls per measurement; the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--before", type=Path, help="folder of an older version, to be measured too")
+    parser.add_argument("--before", help="commit of an older version, to be measured too")
     parser.add_argument("--measure", nargs="+", help="these calls in this process, as JSON to stdout")
+    parser.add_argument("--root", default=str(ROOT), help="with --measure: folder of the code")
     args = parser.parse_args()
-    if args.before and not (args.before / "nsa_kernels").is_dir():
-        parser.error(f"--before must be a folder with nsa_kernels in it, got {args.before}")
     if args.measure:
+        sys.path.insert(0, args.root)
         print(json.dumps(measure(args.measure, args.tokens[0], args.repeats, args.threads)))
         return
 
+    with tempfile.TemporaryDirectory() as older:
+        if args.before:
+            archive = ["git", "-C", str(ROOT), "archive", args.before]
+            packed = subprocess.run(archive, stdout=subprocess.PIPE, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", older], input=packed, check=True)
+        report_all(args, Path(older))
+
+
+def report_all(args: argparse.Namespace, older: Path) -> None:
+    """Measure, print and write what was asked for; older is the folder of the version before."""
     report = {
         "date": datetime.date.today().isoformat(),
         "command": " ".join(["python", *sys.argv]),
         **describe_cpu("torch", "transformers"),
         "threads": args.threads,
+        "before": args.before,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "load_average_before": os.getloadavg(),
         "rows": [],
@@ -170,11 +182,11 @@ def main() -> None:
     wanted += [("layer", *LAYERS, (), tokens) for tokens in args.layer_tokens]
     for what, sparse, dense, others, tokens in wanted:
         row = {"what": what, "tokens": tokens, "pairs": pairs_ratio(tokens)}
-        repeats = args.repeats if tokens < REPEATED_TOKENS and what == "attention" else 1
+        repeats = args.repeats if tokens < MEASURED_ONCE and what == "attention" else 1
         row |= measure_apart([sparse, dense, *others], tokens, repeats, args.threads)
         if args.before and what == "attention":
-            older = measure_apart([sparse, dense], tokens, repeats, args.threads, args.before.resolve())
-            row["before"], row["dense beside before"] = older[sparse], older[dense]
+            result = measure_apart([sparse, dense], tokens, repeats, args.threads, older)
+            row["before"], row["dense beside before"] = result[sparse], result[dense]
         row["load_average_after"] = os.getloadavg()[0]  # above the number of threads: disturbed
         row["ratio"] = row[dense]["median_seconds"] / row[sparse]["median_seconds"]
         row["cpu_ratio"] = row[dense]["median_cpu_seconds"] / row[sparse]["median_cpu_seconds"]

@@ -35,6 +35,7 @@ def unpool_blocks_(dx: Tensor, d_pooled: Tensor, block_size: int) -> None:
     dx[: num_blocks * block_size].unflatten(0, (num_blocks, block_size)).add_(d_pooled[:, None] / block_size)
 
 
+@torch.no_grad()
 def probability_tiles(
     q: Tensor, k_cmp: Tensor, first: int, block_size: int, softmax_scale: float
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -49,8 +50,9 @@ def probability_tiles(
         where a row sees no block.
     """
     tokens, group_size, _ = q.shape
-    lowest, scratch = torch.finfo(q.dtype).min, utils.Scratch()
+    lowest = torch.finfo(q.dtype).min
     step = utils.tile_tokens(group_size * (first + tokens) // block_size, q.device)
+    scratch = q.new_empty(min(step, tokens) * group_size * ((first + tokens) // block_size))
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale, scratch)
@@ -66,13 +68,11 @@ def probability_tiles(
         yield rows, probs.div_(row_sum.clamp_min_(1.0)), lse
 
 
-def _scores(
-    q: Tensor, k_cmp: Tensor, first: int, block_size: int, softmax_scale: float, scratch: utils.Scratch
-) -> Tensor:
-    """(rows, group_size, visible) scaled scores in units of log 2, -inf where the row does not see the block."""
+def _scores(q: Tensor, k_cmp: Tensor, first: int, block_size: int, softmax_scale: float, scratch: Tensor) -> Tensor:
+    """(rows, group_size, visible) scaled scores in units of log 2, in scratch; -inf where a row sees no such block."""
     rows, group_size, head_dim = q.shape
     visible = (first + rows) // block_size
-    scores = scratch.take("scores", (rows * group_size, visible), q)
+    scores = scratch[: rows * group_size * visible].view(rows * group_size, visible)
     scale = softmax_scale * utils.LOG2_E
     torch.addmm(scores, q.reshape(-1, head_dim), k_cmp[:visible].mT, beta=0, alpha=scale, out=scores)
     scores = scores.view(rows, group_size, visible)
@@ -107,8 +107,9 @@ def compression_backward(
     """
     tokens, group_size, head_dim = q.shape
     dq = torch.zeros_like(q)
-    delta, scratch = torch.zeros_like(lse), utils.Scratch()
+    delta = torch.zeros_like(lse)
     step = utils.tile_tokens(2 * group_size * (first + tokens) // block_size, q.device)
+    scratch = q.new_empty(min(step, tokens) * group_size * ((first + tokens) // block_size))
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
         scores = _scores(q[rows], k_cmp, first + start, block_size, softmax_scale, scratch)

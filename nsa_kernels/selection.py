@@ -9,10 +9,11 @@ For a chunk of query tokens and one key/value head, the pairs are sorted by bloc
 that all selected one block. Two products of the tile with the block give each pair's share of its token's sums.
 
 On a CPU a tile is every pair of a block, the block's keys are read where they lie, and shares are added to the sums at
-once: exponentials are relative to the largest score in the token's own block, or, where others are far above it, to
-the largest of all. Elsewhere tiles have one size, so that a batch of them is one product, and each pair's unnormalised
-output and softmax state (maximum, log-sum-exp) are kept for a weighted gather that adds up the pairs of each token.
-There every shape is known beforehand, so nothing waits for the device. Every sum has a fixed order.
+once: exponentials are relative to the largest score in the token's own block. Rows with scores far above that one, or
+without that block, are computed again, relative to their largest score. Elsewhere tiles have one size, so that a batch
+of them is one product, and each pair's unnormalised output and softmax state (maximum, log-sum-exp) are kept for a
+weighted gather that adds up the pairs of each token. There every shape is known beforehand, so nothing waits for the
+device. Every sum has a fixed order.
 
 Scores are in units of log 2, as exp2 is faster than exp.
 """
@@ -31,15 +32,14 @@ from . import operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens, where they are kept: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
-# Sums of exponentials that are relative to a score of one block may grow so far: v times it is finite in float32.
-_LARGEST_SUM = 1e10
+# Sums of exponentials may grow so far before their row counts as far above its own block: by 44 e-folds.
+_LARGEST_SUM = 2.0**64
 
 
 class _Pairs(NamedTuple):
     """Pairs of (token, block) of a chunk, sorted: runs of each own block, runs of each block, what does not count.
 
-    Pairs of a token and its own block are by themselves because only they need the causal mask. They come first: the
-    sums of a token begin with a score that it certainly has.
+    Pairs of a token and its own block are by themselves because only they need the causal mask.
     """
 
     order: Tensor  # (pairs,): which pair of block_indices.flatten() is in this place
@@ -110,6 +110,14 @@ def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     run, order = run.masked_fill(~counted, 2 * num_blocks).flatten().sort(stable=True)
     starts = torch.searchsorted(run, torch.arange(2 * num_blocks + 1, device=device, dtype=run.dtype))
     return _Pairs(order, run, starts, counted)
+
+
+def _of_tokens(pairs: _Pairs, wanted: Tensor) -> _Pairs:
+    """The pairs of wanted tokens (tokens,), bool, in their order."""
+    kept = wanted[pairs.order // pairs.counted.shape[1]]
+    order, run = pairs.order[kept], pairs.run[kept]
+    edges = torch.arange(len(pairs.starts), device=run.device, dtype=run.dtype)
+    return _Pairs(order, run, torch.searchsorted(run, edges), pairs.counted & wanted[:, None])
 
 
 def _whole_runs(pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int) -> Iterator[_Batch]:
@@ -196,8 +204,10 @@ def _times(
     """out = scale * each row times its block (B, head_dim): sums over B, or over head_dim."""
     if isinstance(batch.blocks, Tensor):
         tiles, fetched = len(batch.blocks), blocks.fetch(batch.blocks)
+        if scale != 1.0:
+            fetched *= scale
         rows, target = (x.view(tiles, -1, x.shape[1]) for x in (rows, out))
-        torch.baddbmm(target, rows, fetched.mT if of_dims else fetched, beta=0, alpha=scale, out=target)
+        torch.bmm(rows, fetched.mT if of_dims else fetched, out=target)
     else:
         tiles = (x.split(batch.tile_rows) for x in (rows, out))
         for block, part, target in zip(batch.blocks, *tiles, strict=True):
@@ -239,17 +249,21 @@ def selection_forward(
 
 
 def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch):
-    batches = list(_whole_runs(pairs, q, k_blocks.size, len(k_blocks), first))
+    def batches_of(pairs: _Pairs) -> list[_Batch]:
+        return list(_whole_runs(pairs, q, k_blocks.size, len(k_blocks), first))
+
+    batches = batches_of(pairs)
     own = [batch for batch in batches if batch.mask is not None]
-    reference = _largest_scores(own, q, k_blocks, softmax_scale, scratch)
-    o, total = _sums(batches, reference, q, k_blocks, v_blocks, softmax_scale, scratch)
-    is_far = ~(total <= _LARGEST_SUM)  # or nan, or a token without its own block
-    if is_far.any():  # other rows stay as they are, to the last digit
-        largest = _largest_scores(batches, q, k_blocks, softmax_scale, scratch)
-        reference = torch.where(is_far, largest, reference)
-        o, total = _sums(batches, reference, q, k_blocks, v_blocks, softmax_scale, scratch)
-    # The sum of a token's exponentials is at least that of its reference, 1; or 0 without blocks.
-    return o.div_(total.clamp_min(1.0)[..., None]), reference.add_(total.log2_()).mul_(utils.LN_2)
+    level = _largest_scores(own, q, k_blocks, softmax_scale, scratch)
+    o, total = _sums(batches, level, q, k_blocks, v_blocks, softmax_scale, scratch)
+    is_far = ~(total <= _LARGEST_SUM) | ~o.sum(-1).isfinite()  # nan, too, and rows without their own block
+    if is_far.any():  # the others stay as they are, to the last digit
+        batches = batches_of(_of_tokens(pairs, is_far.any(1)))
+        far_level = _largest_scores(batches, q, k_blocks, softmax_scale, scratch)
+        far_o, far_total = _sums(batches, far_level, q, k_blocks, v_blocks, softmax_scale, scratch)
+        o[is_far], total[is_far], level[is_far] = far_o[is_far], far_total[is_far], far_level[is_far]
+    # The sum of a token's exponentials is at least that of its level, 1; or 0 without blocks.
+    return o.div_(total.clamp_min(1.0)[..., None]), level.add_(total.log2_()).mul_(utils.LN_2)
 
 
 def _largest_scores(
@@ -267,19 +281,19 @@ def _largest_scores(
 
 def _sums(
     batches: Iterable[_Batch],
-    reference: Tensor,
+    level: Tensor,
     q: Tensor,
     k_blocks: Blocks,
     v_blocks: Blocks,
     softmax_scale: float,
     scratch: utils.Scratch,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of exponentials, relative to the reference, times values (like q), and without them (tokens, group_size)."""
-    o, total = torch.zeros_like(q), torch.zeros_like(reference)
+    """Sums of exponentials, relative to the level, times values (like q), and without them (tokens, group_size)."""
+    o, total = torch.zeros_like(q), torch.zeros_like(level)
     for batch in batches:
         q_rows = scratch.take_rows("q", q, batch.tokens)
         scores = _scores(q_rows, k_blocks, batch, softmax_scale, scratch)
-        probs = scores.sub_(reference[batch.tokens].view(-1, 1)).exp2_()
+        probs = scores.sub_(level[batch.tokens].view(-1, 1)).exp2_()
         total.index_add_(0, batch.tokens, probs.sum(1).view(-1, q.shape[1]))
         # Queries are not needed any more.
         o.index_add_(0, batch.tokens, _times(probs, v_blocks, batch, q_rows).view(-1, *q.shape[1:]))

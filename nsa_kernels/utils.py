@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
-# Query tokens of one sequence that are taken through a branch at a time.
+# Query tokens of one sequence that are taken through a branch at a time; see also `selection.chunk_tokens`.
 CHUNK_TOKENS = 2048
 
 # Queries of fewer elements are not worth starting threads for.
@@ -417,11 +417,12 @@ def for_each_head(body: Callable[[Span, int], None], q: Tensor, num_kv_heads: in
                     thread = threading.Thread(target=target)
                     thread.start()
                     started.append(thread)
+                started[0].join()
             except BaseException as error:  # the first of errors, before those of threads that wait in vain
                 errors.append(error)
                 meeting.abort()
-            for thread in started[:1]:
-                thread.join()
+                for thread in started[:1]:  # the process has its own number again before others take their shares
+                    thread.join()
         for thread in started:
             thread.join()
     except BaseException as error:  # such as Ctrl-C: threads end with the head that they are at

@@ -147,6 +147,18 @@ BUILDERS = {
 of_every_model = pytest.mark.parametrize("name", BUILDERS)
 
 
+def test_states_may_require_gradients():
+    """As those of a model that nobody put into inference mode do."""
+    layer, plain = make_layer(), make_layer()
+    layer.query.requires_grad_()
+    for head in range(2):
+        for branch in ("compression", "selection", "window"):
+            pairs = zip(layer.branch_probabilities(branch, head), plain.branch_probabilities(branch, head), strict=True)
+            for (rows, found), (plain_rows, expected) in pairs:
+                assert rows == plain_rows
+                assert torch.equal(found, expected)
+
+
 def prompt_for(model, layout=LAYOUT, seed: int = 0) -> dict[str, torch.Tensor]:
     return Prompts(model.config, torch.float32).one(layout, seed)
 

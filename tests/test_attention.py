@@ -363,6 +363,7 @@ def test_the_last_chunk_of_a_long_sequence_is_cut_as_documented():
         (3096, 5000, 4096),
     ]
     assert selection.chunk_tokens(torch.device("cuda"), 32, 7, 128) == 2048
+    assert selection.chunk_tokens(torch.device("cpu"), 32, 7, 128) == 4096
 
 
 @pytest.mark.gpu

@@ -137,10 +137,10 @@ def test_token_without_blocks_gets_zero_with_zero_gradient():
 @pytest.mark.parametrize("order", ["rising", "falling", "random"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_scores_of_blocks_far_from_each_other(order, dtype):
-    """By more than the range of exponentials: sums are rescaled, or what comes adds nothing."""
+    """By more than the range of exponentials: rows are computed again, or what comes adds nothing."""
     case = Case((200,), heads=(3, 1), block_size=4, block_counts=50)
     q, k, v = case.qkv(dtype)
-    level = torch.arange(50) * 8.0  # sums may grow by 10; a dozen such steps are beyond float32's exponentials
+    level = torch.arange(50) * 8.0  # six such steps are far, a dozen beyond float32's exponentials
     if order == "random":
         level = level[torch.randperm(50, generator=torch.Generator().manual_seed(5))]
     q[..., 0], k[..., 0] = 1.0, (level if order != "falling" else level.flip(0)).repeat_interleave(4)[:, None]
@@ -162,18 +162,18 @@ def test_scores_of_blocks_far_from_each_other(order, dtype):
         assert (o - truth_o).abs().max() < 2 * bound * v.abs().max()
 
 
-def test_a_row_whose_own_block_is_far_below_others_changes_no_other_row(monkeypatch):
-    """It alone gets another reference; on a CPU, where sums are relative to a score of the own block first."""
+def test_rows_far_above_their_own_block_are_computed_again_alone(monkeypatch):
+    """On a CPU, where sums are relative to a score of the own block; all other rows stay as they are."""
     case = Case((90, 40), heads=(4, 2), block_counts=4)
     q, k, v = case.qkv(torch.float32)
     indices = compression.select_blocks(q, k, case.lengths, block_size=case.block_size, block_counts=4)
-    passes = []
-    monkeypatch.setattr(selection, "_largest_scores", seen(selection._largest_scores, passes))
-    o, lse = (attend(case, indices, "torch", output)(q, k, v) for output in (0, 1))
-    assert len(passes) == 2 * 2 * 2  # outputs, sequences and heads: none was computed again
+    tokens, sums = [], selection._sums
+    monkeypatch.setattr(selection, "_sums", lambda batches, *rest: tokens.append(of(batches)) or sums(batches, *rest))
+    o, lse = selection.selection_attention(q, k, v, indices, case.lengths, block_size=case.block_size)
+    assert [len(found) for found in tokens] == [90, 90, 40, 40]  # each sequence's heads, each once
     q[70, 1] *= 300.0
-    far_o, far_lse = (attend(case, indices, "torch", output)(q, k, v) for output in (0, 1))
-    assert len(passes) == 2 * 8 + 2
+    far_o, far_lse = selection.selection_attention(q, k, v, indices, case.lengths, block_size=case.block_size)
+    assert [len(found) for found in tokens[4:]] == [90, 1, 90, 40, 40] and tokens[5] == {70}
     rest = torch.ones(130, 4, dtype=torch.bool)
     rest[70, 1] = False
     assert torch.equal(far_o[rest], o[rest]) and torch.equal(far_lse[rest], lse[rest])
@@ -183,14 +183,20 @@ def test_a_row_whose_own_block_is_far_below_others_changes_no_other_row(monkeypa
     assert (far_o[70, 1] - truth[70, 1]).abs().max() < bound
 
 
-def seen(function, calls: list):
-    """The function, which notes its calls."""
+def test_large_values_are_finite():
+    """Though a sum of exponentials that is not too large by itself takes them beyond float32."""
+    case = Case((90,), heads=(4, 2), block_counts=4)
+    q, k, v = case.qkv(torch.float32)
+    indices = compression.select_blocks(q, k, case.lengths, block_size=case.block_size, block_counts=4)
+    o, truth = (attend(case, indices, backend)(q * 8, k, v * 1e33) for backend in ("torch", "reference"))
+    assert truth.isfinite().all() and o.isfinite().all()
+    # Scores up to 100, each off by some units in the last place.
+    assert (o - truth).abs().max() < 4 * 100 * torch.finfo(torch.float32).eps * 1e33 * float(v.abs().max())
 
-    def noted(*args):
-        calls.append(args)
-        return function(*args)
 
-    return noted
+def of(batches) -> set[int]:
+    """Their tokens."""
+    return {token for batch in batches for token in batch.tokens.tolist()}
 
 
 def test_nan_stays_with_the_tokens_that_select_it():

@@ -52,6 +52,21 @@ def test_results_are_those_of_one_thread(function, threads, monkeypatch):
     assert_all_close(actual, with_gradients(function, inputs), torch.float64)
 
 
+def test_rows_far_above_their_own_block(threads, monkeypatch):
+    """Which are computed again, by each thread for its heads."""
+    scale, passes, sums = 30.0, [], selection._sums
+    monkeypatch.setattr(selection, "_sums", lambda *args: passes.append(args) or sums(*args))
+    inputs = [*CASE.qkv(torch.float64), *CASE.gates(torch.float64)]
+    inputs[0] = inputs[0] * scale
+    actual = with_gradients(nsa, inputs)
+    assert len(passes) > 2 * 3  # more than once for a sequence and head
+    expected = with_gradients(
+        lambda *x: attention.nsa_attention(*x, CASE.lengths, **CASE.nsa, backend="reference"), inputs
+    )
+    # Scores, and with them rounding, are larger by that; the gradients of k once more.
+    assert_all_close([x / scale**2 for x in actual], [x / scale**2 for x in expected], torch.float64)
+
+
 def threads_of_a_new_thread() -> int:
     seen = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
