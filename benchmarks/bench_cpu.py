@@ -43,13 +43,14 @@ MEASURED_ONCE = 32768
 WARM_UP_TOKENS = 2560
 
 
-def make_call(name: str, tokens: int) -> Callable[[], object]:
-    """The function to time; what it needs exists when this returns."""
+def make_calls(names: list[str], tokens: int) -> dict[str, Callable[[], object]]:
+    """The functions to time, layers or not; what they need exists when this returns."""
     from analysis import latency  # which describes this machine by what is below
 
-    if name in LAYERS:
-        return make_layer(name, tokens)
-    return latency.calls(latency.shape_of("7B"), tokens, torch.float32, torch.device("cpu"))[name]
+    if set(names) <= set(LAYERS):
+        return {name: make_layer(name, tokens) for name in names}
+    calls = latency.calls(latency.shape_of("7B"), tokens, torch.float32, torch.device("cpu"))
+    return {name: calls[name] for name in names}
 
 
 def make_layer(name: str, tokens: int) -> Callable[[], object]:
@@ -96,21 +97,20 @@ def resident_bytes(field: str) -> int:
 def measure(names: list[str], tokens: int, repeats: int, threads: int) -> dict[str, dict]:
     """Wall and CPU seconds of calls that take turns in this process, and extra memory of the first of each."""
     torch.set_num_threads(threads)
-    for name in names:
-        make_call(name, WARM_UP_TOKENS)()
+    for call in make_calls(names, WARM_UP_TOKENS).values():
+        call()
+    calls = make_calls(names, tokens)
     results = {name: {"seconds": [], "cpu_seconds": []} for name in names}
     for repeat in range(repeats):
         for name, result in results.items():
-            call = make_call(name, tokens)
             Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
             before = resident_bytes("VmRSS")
             start, cpu_start = time.perf_counter(), time.process_time()
-            call()
+            calls[name]()
             result["seconds"].append(time.perf_counter() - start)
             result["cpu_seconds"].append(time.process_time() - cpu_start)
             if repeat == 0:
                 result["extra_bytes"] = resident_bytes("VmHWM") - before
-            del call
     for result in results.values():
         result["median_seconds"] = statistics.median(result["seconds"])
         result["median_cpu_seconds"] = statistics.median(result["cpu_seconds"])

@@ -27,7 +27,7 @@ def forward(
     """
     group_size, num_kv_heads = q.shape[1] // k.shape[1], k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), utils.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
     o = torch.empty_like(q, memory_format=torch.contiguous_format)
     if save:
         o_slc_all = torch.empty_like(o)
@@ -87,7 +87,7 @@ def backward(
     (o_slc,), (lse_cmp, lse_slc, lse_swa) = outputs, lses
     group_size = q.shape[1] // k.shape[1]
     acc = utils.accumulate_dtype(q.dtype)
-    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), utils.Scratch()
+    size, scratch = selection.chunk_tokens(q.device, block_counts, group_size, q.shape[2]), selection.Scratch()
     dq, dk, dv, dg_cmp, dg_slc, dg_swa = (
         torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, g_cmp, g_slc, g_swa)
     )

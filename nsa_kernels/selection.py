@@ -18,6 +18,7 @@ device. Every sum has a fixed order.
 Scores are in units of log 2, as exp2 is faster than exp.
 """
 
+import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import pairwise
@@ -56,6 +57,26 @@ class _Batch(NamedTuple):
     blocks: Tensor | list[int]  # of each tile
     tile_rows: list[int] | None  # of each tile; None where all have as many
     mask: Tensor | None  # (pairs, 1, B): -inf where it hides a key from a pair, 0 elsewhere; None hides none
+
+
+class Scratch:
+    """Memory that each thread reuses from one use to the next: fresh pages cost as much as the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call with this name."""
+        numel, key = torch.Size(shape).numel(), (name, threading.get_ident())
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers.pop(key, None)  # freed before the larger one is allocated
+            self._buffers[key] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
+        return self._buffers[key][:numel].view(shape)
+
+    def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
+        """x (tokens, group_size[, dim]), rows (pairs,) -> (pairs * group_size, dim or 1), in such memory."""
+        taken = torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
+        return taken.view(len(rows) * x.shape[1], -1)
 
 
 def chunk_tokens(device: torch.device, block_counts: int, group_size: int, head_dim: int) -> int:
@@ -110,14 +131,6 @@ def _sort_pairs(block_indices: Tensor, first: int, block_size: int, num_blocks: 
     run, order = run.masked_fill(~counted, 2 * num_blocks).flatten().sort(stable=True)
     starts = torch.searchsorted(run, torch.arange(2 * num_blocks + 1, device=device, dtype=run.dtype))
     return _Pairs(order, run, starts, counted)
-
-
-def _of_tokens(pairs: _Pairs, wanted: Tensor) -> _Pairs:
-    """The pairs of wanted tokens (tokens,), bool, in their order."""
-    kept = wanted[pairs.order // pairs.counted.shape[1]]
-    order, run = pairs.order[kept], pairs.run[kept]
-    edges = torch.arange(len(pairs.starts), device=run.device, dtype=run.dtype)
-    return _Pairs(order, run, torch.searchsorted(run, edges), pairs.counted & wanted[:, None])
 
 
 def _whole_runs(pairs: _Pairs, q: Tensor, block_size: int, num_blocks: int, first: int) -> Iterator[_Batch]:
@@ -189,7 +202,7 @@ def _causal_mask(tokens: Tensor, blocks: Tensor, block_size: int, first: int, li
     return like.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None]
 
 
-def _scores(q_rows: Tensor, k_blocks: Blocks, batch: _Batch, scale: float, scratch: utils.Scratch) -> Tensor:
+def _scores(q_rows: Tensor, k_blocks: Blocks, batch: _Batch, scale: float, scratch: Scratch) -> Tensor:
     """Scores of each row and the keys of its block, in units of log 2, masked: (rows, B)."""
     scores = scratch.take("scores", (len(q_rows), k_blocks.size), q_rows)
     _times(q_rows, k_blocks, batch, scores, of_dims=True, scale=scale * utils.LOG2_E)
@@ -234,7 +247,7 @@ def selection_forward(
     block_indices: Tensor,
     first: int,
     softmax_scale: float,
-    scratch: utils.Scratch,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """o (tokens, group_size, head_dim) and lse (tokens, group_size) for one chunk and one key/value head.
 
@@ -243,22 +256,22 @@ def selection_forward(
         k_blocks, v_blocks: of the head's num_keys keys.
         block_indices: (tokens, block_counts), distinct within a token; -1 and blocks after the token are ignored.
     """
-    pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
     forward = _forward_by_runs if utils.reading_is_free(q.device) else _forward_by_tiles
-    return forward(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch)
+    return forward(block_indices, q, k_blocks, v_blocks, first, softmax_scale, scratch)
 
 
-def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch):
-    def batches_of(pairs: _Pairs) -> list[_Batch]:
+def _forward_by_runs(block_indices, q, k_blocks, v_blocks, first, softmax_scale, scratch):
+    def batches_of(block_indices: Tensor) -> list[_Batch]:
+        pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
         return list(_whole_runs(pairs, q, k_blocks.size, len(k_blocks), first))
 
-    batches = batches_of(pairs)
+    batches = batches_of(block_indices)
     own = [batch for batch in batches if batch.mask is not None]
     level = _largest_scores(own, q, k_blocks, softmax_scale, scratch)
     o, total = _sums(batches, level, q, k_blocks, v_blocks, softmax_scale, scratch)
     is_far = ~(total <= _LARGEST_SUM) | ~o.sum(-1).isfinite()  # nan, too, and rows without their own block
     if is_far.any():  # the others stay as they are, to the last digit
-        batches = batches_of(_of_tokens(pairs, is_far.any(1)))
+        batches = batches_of(block_indices.masked_fill(~is_far.any(1, keepdim=True), -1))
         far_level = _largest_scores(batches, q, k_blocks, softmax_scale, scratch)
         far_o, far_total = _sums(batches, far_level, q, k_blocks, v_blocks, softmax_scale, scratch)
         o[is_far], total[is_far], level[is_far] = far_o[is_far], far_total[is_far], far_level[is_far]
@@ -267,7 +280,7 @@ def _forward_by_runs(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch
 
 
 def _largest_scores(
-    batches: Iterable[_Batch], q: Tensor, k_blocks: Blocks, softmax_scale: float, scratch: utils.Scratch
+    batches: Iterable[_Batch], q: Tensor, k_blocks: Blocks, softmax_scale: float, scratch: Scratch
 ) -> Tensor:
     """(tokens, group_size): the largest score of a row in any of the batches, the lowest number where it is in none."""
     tokens, group_size, _ = q.shape
@@ -286,7 +299,7 @@ def _sums(
     k_blocks: Blocks,
     v_blocks: Blocks,
     softmax_scale: float,
-    scratch: utils.Scratch,
+    scratch: Scratch,
 ) -> tuple[Tensor, Tensor]:
     """Sums of exponentials, relative to the level, times values (like q), and without them (tokens, group_size)."""
     o, total = torch.zeros_like(q), torch.zeros_like(level)
@@ -300,8 +313,9 @@ def _sums(
     return o, total
 
 
-def _forward_by_tiles(pairs, q, k_blocks, v_blocks, first, softmax_scale, scratch):
+def _forward_by_tiles(block_indices, q, k_blocks, v_blocks, first, softmax_scale, scratch):
     group_size, head_dim = q.shape[1:]
+    pairs = _sort_pairs(block_indices, first, k_blocks.size, len(k_blocks))
     batches, num_slots, slots = _equal_tiles(pairs, q, k_blocks.size, len(k_blocks), first)
     partial = scratch.take("partial", (num_slots * group_size, head_dim), q)
     maximum, log_sum = (q.new_empty(num_slots * group_size) for _ in range(2))
@@ -345,7 +359,7 @@ def selection_backward(
     dv_blocks: Tensor,
     first: int,
     softmax_scale: float,
-    scratch: utils.Scratch,
+    scratch: Scratch,
     gate: Tensor | None = None,
 ) -> Tensor:
     """Gradients of ``gate * o``: returns dq like q, adds to dk_blocks and dv_blocks in place.
@@ -392,7 +406,7 @@ class _SelectionFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
-        scratch = utils.Scratch()
+        scratch = Scratch()
         o = torch.empty_like(q, memory_format=torch.contiguous_format)
         lse = torch.empty(q.shape[:2], dtype=acc, device=q.device)
 
@@ -419,7 +433,7 @@ class _SelectionFunction(torch.autograd.Function):
         group_size = q.shape[1] // k.shape[1]
         acc = utils.accumulate_dtype(q.dtype)
         size = chunk_tokens(q.device, block_indices.shape[2], group_size, q.shape[2])
-        scratch = utils.Scratch()
+        scratch = Scratch()
         dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
         def of_head(span: utils.Span, head: int) -> None:

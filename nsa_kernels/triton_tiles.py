@@ -18,8 +18,10 @@ try:
 except ImportError as error:
     raise ImportError("backend='triton' needs triton 3.6 or later: pip install 'triton>=3.6'") from error
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from . import utils
+
+LOG2_E = tl.constexpr(utils.LOG2_E)
+LN_2 = tl.constexpr(utils.LN_2)
 # A maximum below every score: a row that has seen nothing needs no case of its own.
 _LOWEST = tl.constexpr(-3.0e38)
 # What `load_lse_delta` gives for rows that are not there: an lse of infinity in the lower half, a delta of 0.

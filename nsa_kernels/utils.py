@@ -306,26 +306,6 @@ def tile_tokens(elements_per_token: int, device: torch.device) -> int:
     return max(1, elements // max(1, elements_per_token))
 
 
-class Scratch:
-    """Memory that each thread reuses from one use to the next: fresh pages cost as much as the arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """An uninitialised tensor with the dtype and device of ``like``; valid until the next call with this name."""
-        numel, key = torch.Size(shape).numel(), (name, threading.get_ident())
-        if key not in self._buffers or self._buffers[key].numel() < numel:
-            self._buffers.pop(key, None)  # freed before the larger one is allocated
-            self._buffers[key] = like.new_empty(numel * 5 // 4)  # the next one is often a little larger
-        return self._buffers[key][:numel].view(shape)
-
-    def take_rows(self, name: str, x: Tensor, rows: Tensor) -> Tensor:
-        """x (tokens, group_size[, dim]), rows (pairs,) -> (pairs * group_size, dim or 1), in such memory."""
-        taken = torch.index_select(x, 0, rows, out=self.take(name, (len(rows), *x.shape[1:]), x))
-        return taken.view(len(rows) * x.shape[1], -1)
-
-
 def head_slice(head: int, group_size: int) -> slice:
     """The query heads that read key/value head ``head``."""
     return slice(head * group_size, (head + 1) * group_size)
