@@ -46,7 +46,7 @@ FLEX_TOKENS = (8192, 32768, 131072)  # each one is compiled anew
 HEADS, HEAD_DIM, TEXT_ROWS = (28, 4), 128, 512
 NSA = {"block_size": 64, "block_counts": 32, "window_size": 256}
 # What `triton_tiles.tuning` could be instead.
-SWEEP = ({}, {"selection_span": 2}, {"window_rows": 64}, {"stages": 2}, {"stages": 4})
+SWEEP = ({}, {"selection_span": 2}, {"window_rows": 64}, {"stages": 2}, {"stages": 4}, {"one_dq": False})
 if DRY_RUN:
     TOKENS, FLEX_TOKENS = [80, 48], (48,)
     HEADS, HEAD_DIM, TEXT_ROWS = (7, 1), 32, 8

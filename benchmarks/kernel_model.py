@@ -167,14 +167,18 @@ def nsa_costs(tokens: int, model: Model, machine: Machine, union: float, backwar
     slc_dkv.launches, slc_dkv.hbm = 9, slc_dkv.hbm + n["blocks"] * groups * 4 * 5 / machine.hbm
     slc_dq = matrix("selection dq", n["selection"] * union, 3, walk(n["selection"] * union, 126), io)
     wasted = 1 + (block + tile) / model.window
+    swa_dq = matrix("window dq", n["window"], 3, walk(n["window"], 126), io, wasted)
+    dq_parts = 3
+    if not selects_all:  # one kernel goes on to the window where its walk over the selected blocks ends
+        swa_dq.hbm, swa_dq.launches, dq_parts = 0.0, 0, 2
     return [
         Cost("deltas and gates", 0, 0, 0, 4 * q_bytes / machine.hbm),
         matrix("compression dq", n["compression"], 3, walk(n["compression"], 128), io),
         matrix("compression dk, dv", n["compression"], 4, walk(n["compression"], 64), 2 * q_bytes),
         *(dense() if selects_all else [slc_dq, slc_dkv]),
-        matrix("window dq", n["window"], 3, walk(n["window"], 126), io, wasted),
+        swa_dq,
         matrix("window dk, dv", n["window"], 4, walk(n["window"], 64), io + gradients, wasted),
-        Cost("sums of gradients", 0, 0, 0, (4 * q_bytes + 3 * gradients + 2 * kv_bytes) / machine.hbm, 3),
+        Cost("sums of gradients", 0, 0, 0, ((dq_parts + 1) * q_bytes + 3 * gradients + 2 * kv_bytes) / machine.hbm, 3),
     ]
 
 

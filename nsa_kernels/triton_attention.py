@@ -115,17 +115,22 @@ def backward(
     gates, reach = (g_cmp, g_slc, g_swa), block_size * block_counts
     lse_delta = triton_gates.fold_gates(outputs, lses, gates, do)
     of_cmp = triton_compression.compression_bwd(q, k, v, lse_delta[0], do, lengths, block_size, softmax_scale)
-    do_dense = None
+    do_dense = window = None
     if lses[1] is None:
         of_slc = None, None, None
         do_dense = (do * g_slc[..., None]).to(do.dtype)
     elif lists is None:
         of_slc = triton_rows.window_bwd(q, k, v, lse_delta[1], do, lengths, reach, softmax_scale)
     else:
+        # Smaller GPUs have too little shared memory for the stages of both walks.
+        is_one = triton_tiles.tuning.one_dq and not triton_tiles.is_small(q.device)
+        window = (window_size, lse_delta[2]) if is_one else None
         of_slc = triton_selection.selection_bwd(
-            q, k, v, lists, lse_delta[1], do, lengths, block_size, softmax_scale
-        )  # fmt: skip
-    of_swa = triton_rows.window_bwd(q, k, v, lse_delta[2], do, lengths, window_size, softmax_scale)
+            q, k, v, lists, lse_delta[1], do, lengths, block_size, softmax_scale, window
+        )
+    of_swa = triton_rows.window_bwd(
+        q, k, v, lse_delta[2], do, lengths, window_size, softmax_scale, wants_dq=window is None
+    )
     dq, dk, dv = (triton_gates.add(parts, q.dtype) for parts in zip(of_cmp, of_swa, of_slc, strict=True))
     dgates = (delta.to(gate.dtype) for delta, gate in zip(lse_delta[..., 1], gates, strict=True))
     return dq, dk, dv, *dgates, do_dense

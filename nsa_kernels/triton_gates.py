@@ -6,6 +6,8 @@ Native Sparse Attention (arXiv:2502.11089), equation 5. The sum itself is taken 
 (triton_rows.py). Backward, gates fold into the lse of their branches, see triton_attention.py.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -136,15 +138,16 @@ def fold_gates(
     return lse_delta
 
 
-def add(parts: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> Tensor:
-    """The sum of two or three contiguous tensors of one shape, in dtype, rounded once."""
+def add(parts: Iterable[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """The sum of two or three contiguous tensors of one shape, in dtype, rounded once; None adds nothing."""
+    parts = [part for part in parts if part is not None]
     total = torch.empty(parts[0].shape, dtype=dtype, device=parts[0].device)
     triton_tiles.launch(
         _add_kernel,
         (triton_tiles.cdiv(total.numel(), _ELEMENTS),),
         a_ptr=parts[0],
         b_ptr=parts[1],
-        c_ptr=parts[2],
+        c_ptr=parts[2] if len(parts) == 3 else None,
         sum_ptr=total,
         num_elements=total.numel(),
         ELEMENTS=_ELEMENTS,

@@ -25,7 +25,7 @@ from . import triton_gates, triton_tiles, utils
 tl, triton = triton_tiles.tl, triton_tiles.triton
 
 # No position is further away than this; longer windows would overflow int32 sums.
-_LONGEST_WINDOW = 1 << 30
+LONGEST_WINDOW = 1 << 30
 # A program that walks fewer keys than this spends more on its partial output than on its keys.
 _MIN_KEYS_PER_SPLIT = 512
 # Most waves of programs that a split may make of one, to fill the last of them.
@@ -212,6 +212,25 @@ def _merge_kernel(
     tl.store(lse_ptr + offs_m, lse_max + tl.log2(total) * triton_tiles.LN_2, mask=mask_m)
 
 
+@triton.jit
+def add_dq_of_keys(
+    q, do, lse_log2, delta, dq, scale_log2, k_base, v_base, stride_kt, stride_vt, begin, end, last, lowest, highest,
+    window_size, KEYS: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PAD: tl.constexpr,
+):  # fmt: skip
+    """dq / softmax_scale with keys begin .. end - 1 added; rows as in `triton_tiles.dq_step` and `_walk_of_rows`."""
+    for key in range(begin, end, KEYS):
+        offs_n = key + tl.arange(0, KEYS)
+        offs_row = tl.minimum(offs_n, end - 1).to(tl.int64)
+        # [KEYS, HEAD_PAD]
+        k = triton_tiles.load_tile(k_base, offs_row * stride_kt, None, HEAD_DIM, HEAD_PAD)
+        v = triton_tiles.load_tile(v_base, offs_row * stride_vt, None, HEAD_DIM, HEAD_PAD)
+        hides = _hides(key, KEYS, lowest, highest, window_size)
+        dq = triton_tiles.dq_step(
+            q, k, v, do, lse_log2, delta, dq, scale_log2, hides, offs_n, last, window_size
+        )  # fmt: skip
+    return dq
+
+
 @triton.jit(do_not_specialize=["total_q", "total_k"])
 def _rows_bwd_dq_kernel(
     q_ptr,
@@ -264,17 +283,10 @@ def _rows_bwd_dq_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(2)), KEYS) * KEYS
         begin += split * share
         end = tl.minimum(begin + share, end)
-        dq = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-        for key in range(begin, end, KEYS):
-            offs_n = key + tl.arange(0, KEYS)
-            offs_row = tl.minimum(offs_n, end - 1).to(tl.int64)
-            # [KEYS, HEAD_PAD]
-            k = triton_tiles.load_tile(k_base, offs_row * stride_kt, None, HEAD_DIM, HEAD_PAD)
-            v = triton_tiles.load_tile(v_base, offs_row * stride_vt, None, HEAD_DIM, HEAD_PAD)
-            hides = _hides(key, KEYS, lowest, highest, window_size)
-            dq = triton_tiles.dq_step(
-                q, k, v, do, lse_log2, delta, dq, scale_log2, hides, offs_n, last, window_size
-            )  # fmt: skip
+        dq = add_dq_of_keys(
+            q, do, lse_log2, delta, tl.zeros([ROWS, HEAD_PAD], tl.float32), scale_log2, k_base, v_base, stride_kt,
+            stride_vt, begin, end, last, lowest, highest, window_size, KEYS, HEAD_DIM, HEAD_PAD,
+        )  # fmt: skip
         offs_dq = ((split.to(tl.int64) * total_q + token) * num_heads + head) * HEAD_DIM
         triton_tiles.store_tile(dq_ptr, offs_dq, mask_m, dq * softmax_scale, HEAD_DIM, HEAD_PAD)
 
@@ -404,7 +416,7 @@ def _arguments(q, k, v, cu_seqlens_q, cu_seqlens_k, positions, window_size, soft
 
 
 def _window_arguments(q, k, v, lengths, window_size, softmax_scale) -> dict:
-    window_size = min(window_size, _LONGEST_WINDOW)
+    window_size = min(window_size, LONGEST_WINDOW)
     return _arguments(q, k, v, lengths.cu_seqlens_q, lengths.cu_seqlens_k, None, window_size, softmax_scale)
 
 
@@ -485,18 +497,20 @@ def window_bwd(
     lengths: utils.SequenceLengths,
     window_size: int,
     softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    wants_dq: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor]:
     """Gradients of the window branch; the same inputs give the same bits.
 
     Args:
         lse_delta: (total_q, num_heads, 2), fp32, as of `triton_tiles.lse_and_delta`.
         do: like q.
+        wants_dq: False where `triton_selection.selection_bwd` has it.
     Returns:
-        dq: like q, contiguous; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
+        dq: like q, contiguous, or None; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
     """
     q, k, v, do = (triton_tiles.addressable(x) for x in (q, k, v, do))
     num_kv_heads, batch = k.shape[1], len(lengths.offsets_q) - 1
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device) if wants_dq else None
     dk, dv = (torch.empty(k.shape, dtype=torch.float32, device=k.device) for _ in range(2))
     dq_config, dkv_config = backward_config(q, q.shape[1] // num_kv_heads)
     shared = {
@@ -505,12 +519,13 @@ def window_bwd(
         **triton_tiles.strides(do=do),
         **_window_arguments(q, k, v, lengths, window_size, softmax_scale),
     }
-    num_rows = triton_tiles.longest(lengths.offsets_q) * dq_config["GROUP_SIZE"]
-    row_tiles = triton_tiles.cdiv(num_rows, dq_config["ROWS"])
+    if wants_dq:
+        num_rows = triton_tiles.longest(lengths.offsets_q) * dq_config["GROUP_SIZE"]
+        row_tiles = triton_tiles.cdiv(num_rows, dq_config["ROWS"])
+        triton_tiles.launch(
+            _rows_bwd_dq_kernel, (row_tiles, num_kv_heads * batch, 1), dq_ptr=dq, **shared, **dq_config
+        )  # fmt: skip
     key_tiles = triton_tiles.cdiv(triton_tiles.longest(lengths.offsets_k), dkv_config["KEYS"])
-    triton_tiles.launch(
-        _rows_bwd_dq_kernel, (row_tiles, num_kv_heads * batch, 1), dq_ptr=dq, **shared, **dq_config
-    )  # fmt: skip
     triton_tiles.launch(
         _rows_bwd_dkv_kernel, (key_tiles, num_kv_heads * batch), dk_ptr=dk, dv_ptr=dv, **shared, **dkv_config
     )

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton_tiles, utils
+from . import triton_rows, triton_tiles, utils
 
 tl, triton = triton_tiles.tl, triton_tiles.triton
 
@@ -229,6 +229,7 @@ def _selection_bwd_dq_kernel(
     v_ptr,
     do_ptr,
     lse_delta_ptr,
+    window_lse_delta_ptr,
     dq_ptr,
     union_ptr,
     members_ptr,
@@ -245,17 +246,22 @@ def _selection_bwd_dq_kernel(
     stride_doh,
     num_kv_heads,
     block_counts,
+    window_size,
     softmax_scale,
     GROUP_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PARTS: tl.constexpr,
+    WINDOW_KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
 ):
-    """dq of TOKENS tokens x the heads of a group. Grid and walk as in the forward kernel, with SPAN = 1."""
+    """dq of TOKENS tokens x the heads of a group. Grid and walk as in the forward kernel, with SPAN = 1.
+
+    Unless window_lse_delta_ptr is None, that of the window branch is added, WINDOW_KEYS keys a step.
+    """
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start_q, start_k, num_queries, num_keys = triton_tiles.sequence_bounds(cu_seqlens_q_ptr, cu_seqlens_k_ptr, sequence)
     if tl.program_id(0) * TOKENS < num_queries:
@@ -288,6 +294,16 @@ def _selection_bwd_dq_kernel(
             lse_of_members = tl.where(member, lse_log2, float("inf"))
             dq = triton_tiles.dq_step(q, k, v, do, lse_of_members, delta, dq, scale_log2, hides, key, last)
             block = _entry_or_0(union_base, (step + 1) // PARTS, count)
+        if window_lse_delta_ptr is not None:
+            lse_log2, delta = triton_tiles.load_lse_delta(window_lse_delta_ptr, row, mask_m)
+            done = tl.program_id(0) * TOKENS
+            lowest = num_keys - num_queries + done
+            highest = lowest + tl.minimum(num_queries - done, TOKENS) - 1
+            dq = triton_rows.add_dq_of_keys(
+                q, do, lse_log2, delta, dq, scale_log2, k_base, v_base, stride_kt, stride_vt,
+                tl.maximum(lowest - window_size + 1, 0), highest + 1, last, lowest, highest, window_size,
+                WINDOW_KEYS, HEAD_DIM, HEAD_PAD,
+            )  # fmt: skip
         triton_tiles.store_tile(dq_ptr, row * HEAD_DIM, mask_m, dq * softmax_scale, HEAD_DIM, HEAD_PAD)
 
 
@@ -625,6 +641,7 @@ def selection_bwd(
     lengths: utils.SequenceLengths,
     block_size: int,
     softmax_scale: float,
+    window: tuple[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the selection branch; the same inputs give the same bits.
 
@@ -632,6 +649,7 @@ def selection_bwd(
         lists: of `list_blocks`, those of the forward pass.
         lse_delta: (total_q, num_heads, 2), fp32, as of `triton_tiles.lse_and_delta`.
         do: like q.
+        window: window_size and lse_delta of the window branch, whose dq is then part of this one.
     Returns:
         dq: like q, contiguous; dk, dv: (total_k, num_kv_heads, head_dim), fp32.
     """
@@ -648,10 +666,14 @@ def selection_bwd(
     }
     config = tile_config(q, q.shape[1] // k.shape[1], block_size)
     num_tiles = triton_tiles.cdiv(triton_tiles.longest(lengths.offsets_q), config["TOKENS"])
+    window_size, window_lse_delta = window or (None, None)
     triton_tiles.launch(
         _selection_bwd_dq_kernel,
         (num_tiles, k.shape[1], len(lengths.offsets_q) - 1),
         dq_ptr=dq,
+        window_lse_delta_ptr=window and triton_tiles.pairs(window_lse_delta),
+        window_size=window and min(window_size, triton_rows.LONGEST_WINDOW),
+        WINDOW_KEYS=triton_tiles.walk_extents(q)["KEYS"],
         **shared,
         **_list_arguments(lists, lengths, block_size),
         **config,

@@ -280,11 +280,13 @@ class Tuning:
         selection_span: blocks that a step of selection's forward walk takes together, 1 or 2.
         window_rows: rows of a tile of the window branch, forward: 128 by eight warps, or 64 by four, of which two
             programs share a multiprocessor.
+        one_dq: whether the kernel that walks selected blocks for dq walks the window too, and one output less is added.
     """
 
     stages: int = 3
     selection_span: int = 1
     window_rows: int = 128
+    one_dq: bool = True
 
 
 tuning = Tuning()

@@ -63,6 +63,27 @@ def test_float32_matches_the_oracle(case):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("case", [PACKED, CASES[2]], ids=str)
+def test_dq_of_selection_and_window_by_one_kernel_or_two(case):
+    from nsa_kernels import triton_rows, triton_tiles
+
+    inputs = on_device([*case.qkv(torch.float32), *case.gates(torch.float32)])
+    expected = with_gradients(plain(case, chosen(case, inputs)), on_cpu([x.double() for x in inputs]))
+    launched, launch = [], triton_tiles.launch
+
+    def record(kernel, *args, **arguments):
+        launched.append(kernel)
+        launch(kernel, *args, **arguments)
+
+    for one_dq in (True, False):
+        tuning = triton_tiles.Tuning(one_dq=one_dq)
+        with mock.patch.multiple(triton_tiles, tuning=tuning, launch=record), PoisonedEmpty():
+            actual = on_cpu(with_gradients(attend(case), inputs))
+        assert (triton_rows._rows_bwd_dq_kernel in launched) != one_dq
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("case", [PACKED, CASES[-1]], ids=str)
 def test_half_precision_is_as_good_as_plain_code(case, dtype):
