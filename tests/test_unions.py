@@ -12,6 +12,7 @@ from nsa_kernels import attention, compression
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import query_order
 import unions
 
 
@@ -52,3 +53,28 @@ def test_recording_sees_every_choice():
     assert len(found) == 2 and found[0] == found[1] and 1.0 <= found[0]["r"] <= 4.0
     attention.nsa_attention(*inputs, lengths, **case.nsa, backend="triton")
     assert len(found) == 2
+
+
+def test_tiles_of_a_frame_cover_their_rectangles():
+    grid = 4, 6, 12
+    place = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 2)  # [tokens, 3]
+    for tile in ((1, 1, 12), (1, 3, 6), (2, 3, 3)):
+        order = query_order.in_order(grid, tile)
+        assert torch.equal(order.sort().values, torch.arange(288))
+        covered = place[order].view(-1, tile[0] * tile[1] * tile[2], 3)
+        assert (covered.amax(1) - covered.amin(1) + 1).tolist() == [list(tile)] * len(covered)
+    with pytest.raises(ValueError, match=r"`tile` = \(1, 4, 3\) must divide `grid` = \(4, 6, 12\)"):
+        query_order.in_order(grid, (1, 4, 3))
+
+
+def test_tiles_of_like_tokens_walk_fewer_blocks():
+    """Tokens of a 3 x 6 rectangle look for the same thing, and others for something else."""
+    grid, generator = (8, 18, 18), torch.Generator().manual_seed(0)
+    kinds = torch.randn(8 * 18, 1, 32, generator=generator)
+    q = torch.empty(8 * 18 * 18, 1, 32)
+    q[query_order.in_order(grid, (1, 3, 6))] = kinds.repeat_interleave(18, 0)
+    k = torch.randn(len(q), 1, 32, generator=generator)
+    found = query_order.by_order(q, k, grid)
+    # Alike but for their own blocks, of which a rectangle of three rows touches one or two.
+    assert 1.0 <= found["3 x 6"] < 33 / 32 + 0.02 < found["rows"]
+    assert found["3 x 6"] < min(r for order, r in found.items() if order != "3 x 6")
