@@ -424,9 +424,9 @@ def comparison() -> list[str]:
         "",
         "The 7B shape on sm_90, with the labels and versions of Triton under which `python tools/aot_report.py --note",
         "LABEL` was run; labels other than before and after are of `--tuning`, and have the kernels that it changes. A",
-        "step is one pass through the innermost loop with the most matrix instructions, or the longest: its",
-        "instructions, those of the shortest way through it (without masks that are skipped), and its barriers. What",
-        "is launched in several forms has several rows.",
+        "step is one pass through an innermost loop, of those with the most matrix instructions, and without any of",
+        "the longest: its instructions, those of the shortest way through it (without masks that are skipped), and its",
+        "barriers. What is launched in several forms has several rows.",
         "",
         "| kernel | label | Triton | instructions | barriers | step | shortest | barriers | registers | stack B "
         "| shared B |",
@@ -436,8 +436,10 @@ def comparison() -> list[str]:
     for label, versions in notes.items():
         for version, readings in versions.items():
             for r in readings:
-                step = max(r["loops"], key=lambda loop: (loop[2], loop[0]), default=["", "", "", ""])
-                row = [f"`{r['kernel']}`", label, version, r["instructions"], r["barriers"], step[0], step[3], step[1]]
+                most = max((loop[2] for loop in r["loops"]), default=0)
+                steps = [loop for loop in r["loops"] if loop[2] == most][: None if most else 1]
+                in_steps = [" / ".join(str(loop[i]) for loop in steps) for i in (0, 3, 1)]
+                row = [f"`{r['kernel']}`", label, version, r["instructions"], r["barriers"], *in_steps]
                 rows.append([*row, r["registers"], r["stack"], r["shared"]])
     # The same kernel with the same Triton side by side.
     order = list(notes)
