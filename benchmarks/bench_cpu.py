@@ -8,9 +8,10 @@ common, which is the hardest case for the selection branch. Dense attention is t
 scaled_dot_product_attention(is_causal=True, enable_gqa=True). Then, for `--layer-tokens`, a whole decoder layer of the
 7B, projections and MLP included, ours on vision tokens and Qwen2.5-VL's with that dense attention.
 
-The calls of one length take turns in one process, as a machine's speed changes from minute to minute. Ratios are dense
-over NSA, of wall time and of CPU time; the second is the one to look at where `load_average` shows that the machine did
-other work. "pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest
+The calls of one length take turns in one process, as a machine's speed changes from minute to minute; layers and single
+branches are measured once. Ratios are dense over NSA in one turn, of wall time and of CPU time: their median, and the
+lowest and highest of wall time. The second is the one to look at where `load_average` shows that the machine did other
+work. "pairs" is what the ratio would be if all pairs of query and key cost the same. Extra memory is the largest
 resident set during the first call, minus the resident set before it, when the inputs exist: it includes the output.
 Only that of NSA, which comes first, inherits no memory from others. With `--before`, a commit of this repository, that
 version's NSA is measured after each length, again in turn with dense attention.
@@ -37,8 +38,6 @@ sys.path.insert(0, str(ROOT))
 
 BRANCHES = ("compression", "block choice", "selection", "window")
 LAYERS = ("layer", "dense layer")
-# Calls of this many tokens, and layers, are measured once: they take minutes, and average over the machine's moods.
-MEASURED_ONCE = 32768
 # Enough for every way that attention takes.
 WARM_UP_TOKENS = 2560
 
@@ -95,14 +94,18 @@ def resident_bytes(field: str) -> int:
 
 @torch.no_grad()
 def measure(names: list[str], tokens: int, repeats: int, threads: int) -> dict[str, dict]:
-    """Wall and CPU seconds of calls that take turns in this process, and extra memory of the first of each."""
+    """Wall and CPU seconds of calls that take turns in this process, and extra memory of the first of each.
+
+    The first two names, NSA and dense, take part in every turn, others in the first.
+    """
     torch.set_num_threads(threads)
     for call in make_calls(names, WARM_UP_TOKENS).values():
         call()
     calls = make_calls(names, tokens)
     results = {name: {"seconds": [], "cpu_seconds": []} for name in names}
     for repeat in range(repeats):
-        for name, result in results.items():
+        for name in names if repeat == 0 else names[:2]:
+            result = results[name]
             Path("/proc/self/clear_refs").write_text("5")  # forget the largest resident set so far
             before = resident_bytes("VmRSS")
             start, cpu_start = time.perf_counter(), time.process_time()
@@ -144,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--layer-tokens", type=int, nargs="*", default=[4096, 16384, 32768])
-    parser.add_argument("--repeats", type=int, default=3, help="calls per measurement; the median counts")
+    parser.add_argument("--repeats", type=int, default=3, help="turns; layers and single branches have one")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--before", help="commit of an older version, to be measured too")
@@ -162,6 +165,11 @@ def main() -> None:
             packed = subprocess.run(archive, stdout=subprocess.PIPE, check=True).stdout
             subprocess.run(["tar", "-x", "-C", older], input=packed, check=True)
         report_all(args, Path(older))
+
+
+def turns(dense: list[float], sparse: list[float]) -> list[float]:
+    """Ratios of seconds, turn by turn."""
+    return [x / y for x, y in zip(dense, sparse, strict=True)]
 
 
 def report_all(args: argparse.Namespace, older: Path) -> None:
@@ -182,14 +190,15 @@ def report_all(args: argparse.Namespace, older: Path) -> None:
     wanted += [("layer", *LAYERS, (), tokens) for tokens in args.layer_tokens]
     for what, sparse, dense, others, tokens in wanted:
         row = {"what": what, "tokens": tokens, "pairs": pairs_ratio(tokens)}
-        repeats = args.repeats if tokens < MEASURED_ONCE and what == "attention" else 1
+        repeats = args.repeats if what == "attention" else 1
         row |= measure_apart([sparse, dense, *others], tokens, repeats, args.threads)
         if args.before and what == "attention":
             result = measure_apart([sparse, dense], tokens, repeats, args.threads, older)
             row["before"], row["dense beside before"] = result[sparse], result[dense]
         row["load_average_after"] = os.getloadavg()[0]  # above the number of threads: disturbed
-        row["ratio"] = row[dense]["median_seconds"] / row[sparse]["median_seconds"]
-        row["cpu_ratio"] = row[dense]["median_cpu_seconds"] / row[sparse]["median_cpu_seconds"]
+        row["ratios"] = turns(row[dense]["seconds"], row[sparse]["seconds"])
+        row["ratio"] = statistics.median(row["ratios"])
+        row["cpu_ratio"] = statistics.median(turns(row[dense]["cpu_seconds"], row[sparse]["cpu_seconds"]))
         report["rows"].append(row)
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -198,7 +207,7 @@ def report_all(args: argparse.Namespace, older: Path) -> None:
         print(
             f"{what:11} {tokens:6} {row[dense]['median_seconds']:8.2f} {row[sparse]['median_seconds']:8.2f} "
             f"{row['ratio']:6.2f} {row['cpu_ratio']:9.2f} {row['pairs']:6.2f} {row[sparse]['extra_bytes'] / 1e6:7.0f}"
-            f"   {alone}",
+            f"   {min(row['ratios']):.2f} to {max(row['ratios']):.2f}  {alone}",
             flush=True,
         )
 
