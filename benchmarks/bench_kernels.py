@@ -128,6 +128,9 @@ def measure_each_branch(watch: timing.Stopwatch, inputs: list[torch.Tensor], len
     lse_slc = selection.selection_fwd(q, k, v, lists, lengths, size, scale)[1]
     lse_swa = rows.window_fwd(q, k, v, lengths, width, scale)[1]
     of_cmp, of_slc, of_swa = (triton_tiles.lse_and_delta(x, delta) for x in (lse, lse_slc, lse_swa))
+    # As the whole attention does it: where selection's dq kernel takes the window too, the window has none.
+    is_one = selection.takes_window(q)
+    window = (width, of_swa) if is_one else None
     calls = {
         "compression forward": lambda: compression.compress(q, k, v, lengths, size, scale),
         "compression and choice forward": lambda: compression.compress_and_choose(
@@ -137,8 +140,8 @@ def measure_each_branch(watch: timing.Stopwatch, inputs: list[torch.Tensor], len
         "selection forward": lambda: selection.selection_fwd(q, k, v, lists, lengths, size, scale),
         "window forward": lambda: rows.window_fwd(q, k, v, lengths, width, scale),
         "compression backward": lambda: compression.compression_bwd(q, k, v, of_cmp, do, lengths, size, scale),
-        "selection backward": lambda: selection.selection_bwd(q, k, v, lists, of_slc, do, lengths, size, scale),
-        "window backward": lambda: rows.window_bwd(q, k, v, of_swa, do, lengths, width, scale),
+        "selection backward": lambda: selection.selection_bwd(q, k, v, lists, of_slc, do, lengths, size, scale, window),
+        "window backward": lambda: rows.window_bwd(q, k, v, of_swa, do, lengths, width, scale, wants_dq=not is_one),
     }
     results = {name: watch.measure(call) for name, call in calls.items()}
     results["union"] = unions.union_statistics(indices)

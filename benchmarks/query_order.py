@@ -2,15 +2,16 @@
 
     python benchmarks/query_order.py --output benchmarks/results/<date>_query_order.json
 
-The selection kernels walk every block that some token of a tile selected. A tile is 18 tokens of the 7B, so far those
-of a row of the frame. This measures r (benchmarks/unions.py), which that walk's time is proportional to, for other
-orders: tiles of 18 tokens that lie side by side in height and width, or in time as well. Blocks are chosen as the 7B
-does, 32 of 64 tokens, by the queries and keys of the small checkpoint, as it reads pictures much larger than those it
-was trained on: the scene of demo/, and two of ffmpeg's drawings.
+The selection kernels, forward and for dq, walk every block that some token of a tile selected. A tile is 18 tokens of
+the 7B, so far consecutive ones. This measures r (benchmarks/unions.py), which that walk's time is proportional to, for
+other orders: tiles of 18 tokens that lie side by side in height and width, or in time as well, in frames of several
+widths. Blocks are chosen as the 7B does, 32 of 64 tokens, by the queries and keys of the small checkpoint, which was
+trained with other blocks and on pictures much smaller than these: the scene of demo/, and two of ffmpeg's drawings.
 """
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,9 +29,10 @@ from nsa_kernels.compression import select_blocks  # noqa: E402
 from nsa_kernels.utils import SequenceLengths  # noqa: E402
 
 BLOCK_SIZE, BLOCK_COUNTS, TILE = 64, 32, 18
-# Frames, rows and columns that a tile covers.
-ORDERS = {"rows": (1, 1, 18), "3 x 6": (1, 3, 6), "6 x 3": (1, 6, 3), "2 frames, 3 x 3": (2, 3, 3)}
-SECONDS, FPS, SIDE = 24, 4, 18  # SIDE: of a frame, in tokens; a multiple of what orders need
+# Frames, rows and columns that a tile covers; None is the order of the sequence.
+ORDERS = {"sequence": None, "3 x 6": (1, 3, 6), "6 x 3": (1, 6, 3), "2 frames, 3 x 3": (2, 3, 3)}
+SECONDS, FPS = 24, 4
+SIDES = (12, 18, 24)  # of a frame, in tokens: multiples of what orders need
 DRAWN = ("mandelbrot", "testsrc2")
 
 
@@ -52,27 +54,25 @@ def by_order(q: torch.Tensor, k: torch.Tensor, grid: tuple[int, int, int], scale
     lengths = SequenceLengths.from_lengths([len(q)])
     sizes = {"block_size": BLOCK_SIZE, "block_counts": BLOCK_COUNTS, "softmax_scale": scale}
     indices = select_blocks(q, k, lengths, **sizes, backend="torch")
-    return {
-        name: round(unions.union_statistics(indices[in_order(grid, tile)], TILE)["r"], 3)
-        for name, tile in ORDERS.items()
-    }
+    ordered = {name: indices if tile is None else indices[in_order(grid, tile)] for name, tile in ORDERS.items()}
+    return {name: round(unions.union_statistics(x, TILE)["r"], 3) for name, x in ordered.items()}
 
 
 def draw(name: str, folder: Path) -> Path:
     """A video of one of ffmpeg's sources."""
     path = folder / f"{name}.mp4"
-    source = f"{name}=size=504x504:rate={2 * FPS}"
+    source = f"{name}=size=672x672:rate={2 * FPS}"
     command = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", source, "-t", str(SECONDS), "-pix_fmt", "yuv420p"]
     subprocess.run([*command, str(path)], check=True)
     return path
 
 
-def read(model, processor, video: Path) -> list[dict]:
-    """`by_order` of every layer while the model reads a video."""
+def read(model, processor, video: Path, side: int) -> dict:
+    """`by_order`, of every layer and their mean, while the model reads a video in frames of side x side tokens."""
     from analysis.observe import read_prompt
 
     content = [{"type": "video", "video": str(video)}, {"type": "text", "text": "What happens?"}]
-    pixels = (28 * SIDE) ** 2
+    pixels = (28 * side) ** 2
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt",
         fps=FPS, min_pixels_per_frame=pixels, max_pixels_per_frame=pixels,
@@ -82,11 +82,12 @@ def read(model, processor, video: Path) -> list[dict]:
 
     def look(layer) -> None:
         q, k = (layer.vision(x).transpose(0, 1).float().contiguous() for x in (layer.query, layer.key))
-        layers.append({"layer": layer.index, "tokens": len(q), **by_order(q, k, grid, layer.scale)})
-        print(f"{video.stem:12}", layers[-1], flush=True)
+        layers.append(by_order(q, k, grid, layer.scale))
 
     read_prompt(model, inputs, look)
-    return layers
+    found = {name: round(statistics.mean(layer[name] for layer in layers), 3) for name in ORDERS}
+    print(f"{video.stem:12} {side} x {side}  {found}", flush=True)
+    return {"frames": frames, "mean": found, "layers": layers}
 
 
 def main() -> None:
@@ -102,12 +103,12 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         **bench_cpu.describe_cpu("torch", "transformers"),
         "tile": TILE,
-        "orders": {name: list(tile) for name, tile in ORDERS.items()},
+        "orders": ORDERS,
         "videos": {},
     }
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for video in (ROOT / "demo" / "scene.mp4", *(draw(name, Path(folder)) for name in DRAWN)):
-            report["videos"][video.stem] = read(model, processor, video)
+            report["videos"][video.stem] = {side: read(model, processor, video, side) for side in SIDES}
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")
 

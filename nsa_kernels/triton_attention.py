@@ -122,9 +122,7 @@ def backward(
     elif lists is None:
         of_slc = triton_rows.window_bwd(q, k, v, lse_delta[1], do, lengths, reach, softmax_scale)
     else:
-        # Smaller GPUs have too little shared memory for the stages of both walks.
-        is_one = triton_tiles.tuning.one_dq and not triton_tiles.is_small(q.device)
-        window = (window_size, lse_delta[2]) if is_one else None
+        window = (window_size, lse_delta[2]) if triton_selection.takes_window(q) else None
         of_slc = triton_selection.selection_bwd(
             q, k, v, lists, lse_delta[1], do, lengths, block_size, softmax_scale, window
         )

@@ -7,7 +7,7 @@ The window is section 3.3.3 of Native Sparse Attention (arXiv:2502.11089); text 
 (token, head) pairs in that order: row t * group_size + h of a key/value head. Tiles of rows are cut without regard to
 tokens, so any group size fills them, and the heads of a group read every key once. The backward pass computes the
 scores twice: dq walks keys as the forward pass does, and dk, dv walk the rows that see a tile of keys. Each output
-element has one writer.
+element has one writer. The window's dq may be taken by selection's kernel (triton_selection.py) instead.
 
 A question of 100 tokens after a video of 128K is 100 rows over 128K keys: one program per tile of rows would be too few
 to fill a GPU. There the keys are split between programs, whose partial outputs are merged by their lse (the split of

@@ -7,7 +7,8 @@ Native Sparse Attention (arXiv:2502.11089), equations 11 and 12.
 Reading 2 * B rows of k and v for every (token, block) pair is bound by the L2 cache. Neighbouring tokens choose nearly
 the same blocks, so a tile of up to 32 tokens times the heads of a group walks the union of their blocks, each block
 once; a bit per token says which rows take part. Forward pass and dq work this way. The union may be any size: a tile
-whose tokens agree on nothing costs what its pairs cost one by one.
+whose tokens agree on nothing costs what its pairs cost one by one. Where dq is wanted of the whole attention, the same
+program then walks the window (triton_rows.py), as `takes_window` says.
 
 dk and dv turn the lists around: every block gets its tokens in order, by counting, from the same unions. Runs of at
 most so many pairs, times the heads of a group, fill tiles of rows without padding; a popular block has many runs. Each
@@ -629,6 +630,11 @@ def selection_fwd(
         **config,
     )
     return o, lse
+
+
+def takes_window(q: Tensor) -> bool:
+    """Whether the dq kernel should go on to the window: not with the shared memory of smaller GPUs."""
+    return triton_tiles.tuning.one_dq and not triton_tiles.is_small(q.device)
 
 
 def selection_bwd(

@@ -23,6 +23,8 @@ CASES = [
     Case((3, 0, 40), (3, 9, 66), heads=(8, 1), head_dim=32, block_size=32, block_counts=1, window_size=100),
     Case((50,), heads=(16, 1), head_dim=32, block_size=16, block_counts=2, window_size=17),
     Case((1,), (81,), heads=(3, 3), head_dim=96, block_size=16, block_counts=2, window_size=5),
+    # The window takes several steps that begin after the first key, and the last tile is almost empty.
+    Case((31, 56), (61, 145), heads=(7, 1), head_dim=32, block_size=16, block_counts=2, window_size=70),
     Case((45,), heads=(7, 1), head_dim=32, block_size=16, block_counts=3, window_size=9),  # every block selected
 ]
 
@@ -63,23 +65,24 @@ def test_float32_matches_the_oracle(case):
         torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("case", [PACKED, CASES[2]], ids=str)
+@pytest.mark.parametrize("case", [PACKED, CASES[2], CASES[5]], ids=str)
 def test_dq_of_selection_and_window_by_one_kernel_or_two(case):
     from nsa_kernels import triton_rows, triton_tiles
 
     inputs = on_device([*case.qkv(torch.float32), *case.gates(torch.float32)])
     expected = with_gradients(plain(case, chosen(case, inputs)), on_cpu([x.double() for x in inputs]))
-    launched, launch = [], triton_tiles.launch
+    launched, launch, is_small = [], triton_tiles.launch, triton_tiles.is_small(DEVICE)
 
     def record(kernel, *args, **arguments):
         launched.append(kernel)
         launch(kernel, *args, **arguments)
 
-    for one_dq in (True, False):
-        tuning = triton_tiles.Tuning(one_dq=one_dq)
-        with mock.patch.multiple(triton_tiles, tuning=tuning, launch=record), PoisonedEmpty():
+    for one_dq, small in ((True, is_small), (False, is_small), (True, True)):
+        launched.clear()
+        changes = {"tuning": triton_tiles.Tuning(one_dq=one_dq), "launch": record, "is_small": lambda _, s=small: s}
+        with mock.patch.multiple(triton_tiles, **changes), PoisonedEmpty():
             actual = on_cpu(with_gradients(attend(case), inputs))
-        assert (triton_rows._rows_bwd_dq_kernel in launched) != one_dq
+        assert (triton_rows._rows_bwd_dq_kernel in launched) != (one_dq and not small)
         for a, e in zip(actual, expected, strict=True):
             torch.testing.assert_close(a.double(), e, rtol=0, atol=2e-5)
 

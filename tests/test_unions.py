@@ -76,5 +76,5 @@ def test_tiles_of_like_tokens_walk_fewer_blocks():
     k = torch.randn(len(q), 1, 32, generator=generator)
     found = query_order.by_order(q, k, grid)
     # Alike but for their own blocks, of which a rectangle of three rows touches one or two.
-    assert 1.0 <= found["3 x 6"] < 33 / 32 + 0.02 < found["rows"]
+    assert 1.0 <= found["3 x 6"] < 33 / 32 + 0.02 < found["sequence"]
     assert found["3 x 6"] < min(r for order, r in found.items() if order != "3 x 6")

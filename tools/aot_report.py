@@ -17,6 +17,7 @@ have. A few values that wait outside of the loops for their end cost nothing tha
 """
 
 import argparse
+import ast
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -381,7 +382,7 @@ def merged(results: list[dict], target: int) -> list[dict]:
     return list(rows.values())
 
 
-def note(label: str, jobs: int, tuning: dict[str, int]) -> None:
+def note(label: str, jobs: int, tuning: dict[str, int | bool]) -> None:
     """Keep what kernels take at the 7B shape on sm_90, under a label, for the comparison in the table.
 
     Args:
@@ -400,10 +401,10 @@ def note(label: str, jobs: int, tuning: dict[str, int]) -> None:
     NOTES.write_text(json.dumps(notes) + "\n")
 
 
-def setting(text: str) -> tuple[str, int]:
-    """``name=2``, of an argument, as a name and a number."""
+def setting(text: str) -> tuple[str, int | bool]:
+    """``name=2`` or ``name=False``, of an argument, as a name and a value."""
     name, _, value = text.partition("=")
-    return name, int(value)
+    return name, ast.literal_eval(value)
 
 
 def compile_all(launches: list[Launch], targets: list[int], jobs: int) -> list[dict]:
@@ -492,7 +493,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--note", metavar="LABEL", help="keep the readings that docs/aot.md compares, nothing else")
     parser.add_argument(
-        "--tuning", nargs="+", type=setting, default=[], help="for --note: name=2, of triton_tiles.Tuning"
+        "--tuning", nargs="+", type=setting, default=[], help="for --note: name=value, of triton_tiles.Tuning"
     )
     args = parser.parse_args()
     if args.note:
