@@ -111,6 +111,8 @@ def test_threads_that_cannot_be_started(threads, monkeypatch):
 def test_interrupted(threads, monkeypatch):
     """Ctrl-C reaches the main thread, wherever it waits; the others end first."""
     kv_head, seen, alive = utils.kv_head, [], threading.active_count()
+    # Whoever starts the tests in the background of a script makes them ignore it.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt_once(*args):
         if not seen:
@@ -119,8 +121,11 @@ def test_interrupted(threads, monkeypatch):
         return kv_head(*args)
 
     monkeypatch.setattr(utils, "kv_head", interrupt_once)
-    with pytest.raises(KeyboardInterrupt):
-        nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            nsa(*CASE.qkv(torch.float32), *CASE.gates(torch.float32))
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert torch.get_num_threads() == threads and threading.active_count() == alive
 
 
