@@ -131,6 +131,8 @@ def test_ranking_waits_for_other_warps_no_more_than_once_in_four_steps(tmp_path)
 
 def test_machine_code_is_counted(monkeypatch):
     """Of a loop with a branch in it, in the notation of cuobjdump."""
+    import nsa_kernels.triton_attention  # noqa: F401  interpreted, for whatever tests come after this one
+
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # the import below removes it, the end of the test brings it back
     monkeypatch.syspath_prepend(str(TOOL.parent))
     import aot_report
