@@ -185,7 +185,10 @@ def report_all(args: argparse.Namespace, older: Path) -> None:
         "rows": [],
     }
     print(f"{report['cpu']}, {args.threads} threads, torch {report['torch']}, load {report['load_average_before'][0]}")
-    print(f"{'':11} {'tokens':>6} {'dense s':>8} {'nsa s':>8} {'ratio':>6} {'cpu ratio':>9} {'pairs':>6} {'nsa MB':>7}")
+    print(
+        f"{'':11} {'tokens':>6} {'dense s':>8} {'nsa s':>8} {'ratio':>6} {'cpu ratio':>9} {'pairs':>6} {'nsa MB':>7}"
+        "   ratios, branches alone"
+    )
     wanted = [("attention", "nsa", "dense", BRANCHES, tokens) for tokens in args.tokens]
     wanted += [("layer", *LAYERS, (), tokens) for tokens in args.layer_tokens]
     for what, sparse, dense, others, tokens in wanted:

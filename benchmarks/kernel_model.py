@@ -176,8 +176,7 @@ def nsa_costs(tokens: int, model: Model, machine: Machine, union: float, backwar
         Cost("deltas and gates", 0, 0, 0, 4 * q_bytes / machine.hbm),
         matrix("compression dq", n["compression"], 3, walk(n["compression"], 128), io),
         matrix("compression dk, dv", n["compression"], 4, walk(n["compression"], 64), 2 * q_bytes),
-        *(dense() if selects_all else []),
-        *([swa_dq] if selects_all else [slc_dq, swa_dq, slc_dkv]),
+        *([*dense(), swa_dq] if selects_all else [slc_dq, swa_dq, slc_dkv]),
         matrix("window dk, dv", n["window"], 4, walk(n["window"], 64), io + gradients, wasted),
         Cost("sums of gradients", 0, 0, 0, ((dq_parts + 1) * q_bytes + 3 * gradients + 2 * kv_bytes) / machine.hbm, 3),
     ]

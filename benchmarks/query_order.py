@@ -6,7 +6,8 @@ The selection kernels, forward and for dq, walk every block that some token of a
 the 7B, so far consecutive ones. This measures r (benchmarks/unions.py), which that walk's time is proportional to, for
 other orders: tiles of 18 tokens that lie side by side in height and width, or in time as well, in frames of several
 widths. Blocks are chosen as the 7B does, 32 of 64 tokens, by the queries and keys of the small checkpoint, which was
-trained with other blocks and on pictures much smaller than these: the scene of demo/, and two of ffmpeg's drawings.
+trained with other blocks and on pictures much smaller than these: the scene of demo/, and two that ffmpeg draws, which
+has to be there.
 """
 
 import argparse

@@ -438,7 +438,8 @@ def comparison() -> list[str]:
         for version, readings in versions.items():
             for r in readings:
                 most = max((loop[2] for loop in r["loops"]), default=0)
-                steps = [loop for loop in r["loops"] if loop[2] == most][: None if most else 1]
+                # They lie longest first.
+                steps = [loop for loop in r["loops"] if loop[2] == most] if most else r["loops"][:1]
                 in_steps = [" / ".join(str(loop[i]) for loop in steps) for i in (0, 3, 1)]
                 row = [f"`{r['kernel']}`", label, version, r["instructions"], r["barriers"], *in_steps]
                 rows.append([*row, r["registers"], r["stack"], r["shared"]])
