@@ -1,6 +1,7 @@
 # Needs Python 3.10 or later with pip and venv; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt
 
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
@@ -34,7 +35,7 @@ $(OLDEST)/installed: pyproject.toml constraints.txt
 	touch $@
 
 test-upstream: .venv/installed  ## transformers' own tests of models, on VideoNSA and on Qwen2.5-VL
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt parameterized
+	$(INSTALL) parameterized
 	$(BIN)/python tools/run_upstream_tests.py $(ARGS)
 
 # Slow: 3 GB to install; skipped, and said so, where they cannot be had. The reference is what transformers answers.
@@ -53,9 +54,16 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# PyTorch first: pip keeps what it downloads until all of it is installed, and 2 GB of wheels are gone before the rest
+# comes.
 .venv/installed: pyproject.toml constraints.txt
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); \
+	    if test "$$free" -lt 9; then echo "WARNING: .venv needs 9 GB of disk, and $$free are free" >&2; fi
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
+	@echo "1 of 2: PyTorch, 5 GB (one to some minutes)"
+	$(INSTALL) torch torchvision
+	@echo "2 of 2: transformers, everything else, 2 GB (a minute or more)"
+	$(INSTALL) -e ".[test]"
 	touch $@
 
 aot: .venv/installed  ## compile every Triton kernel for five targets, no GPU needed; writes docs/aot.md
