@@ -9,6 +9,7 @@ _KERNEL_FILES = """
 from .nsa_kernels/attention import *
 from .nsa_kernels/compression import *
 from .nsa_kernels/dense import *
+from .nsa_kernels/head_threads import *
 from .nsa_kernels/operators import *
 from .nsa_kernels/reference import *
 from .nsa_kernels/selection import *

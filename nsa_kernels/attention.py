@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import compression, operators, reference, selection, sliding_window, utils
+from . import compression, head_threads, operators, reference, selection, sliding_window, utils
 
 BACKENDS = utils.BACKENDS
 SequenceLengths = utils.SequenceLengths
@@ -60,7 +60,7 @@ def forward(
             gate_cmp, gate_slc, gate_swa = (gate[index].to(acc)[..., None] for gate in (g_cmp, g_slc, g_swa))
             o[index] = o_cmp.mul_(gate_cmp).addcmul_(o_slc, gate_slc).addcmul_(o_swa, gate_swa)
 
-    utils.for_each_head(of_head, q, num_kv_heads, lengths)
+    head_threads.for_each_head(of_head, q, num_kv_heads, lengths)
     if save:
         return o, indices_all, [o_slc_all], list(lse_all)
     return o, None, [], []
@@ -130,7 +130,7 @@ def backward(
         dk[span.k_start : span.k_end, head] = dk_head
         dv[span.k_start : span.k_end, head] = dv_head
 
-    utils.for_each_head(of_head, q, k.shape[1], lengths)
+    head_threads.for_each_head(of_head, q, k.shape[1], lengths)
     return dq, dk, dv, dg_cmp, dg_slc, dg_swa
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, reference, utils
+from . import head_threads, operators, reference, utils
 
 
 def pool_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -179,7 +179,7 @@ class _CompressionFunction(torch.autograd.Function):
                     o_chunk[rows] = probs @ v_cmp[: probs.shape[-1]]
                     lse_chunk[rows] = tile_lse
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, lse)
         ctx.args = lengths, block_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -210,7 +210,7 @@ class _CompressionFunction(torch.autograd.Function):
                 unpool_blocks_(d_head, d_pooled, block_size)
                 dx[span.k_start : span.k_end, head] = d_head
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None
 
 
@@ -344,7 +344,7 @@ def _select_blocks(q, k, lengths, block_size, block_counts, softmax_scale):
             for rows, probs, _ in probability_tiles(q_chunk, k_cmp, first, block_size, softmax_scale):
                 out[rows] = choose_blocks(probs.sum(1), first + rows.start, block_size, block_counts)
 
-    utils.for_each_head(of_head, q, k.shape[1], lengths)
+    head_threads.for_each_head(of_head, q, k.shape[1], lengths)
     return indices
 
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import operators, reference, utils
+from . import head_threads, operators, reference, utils
 
 # Outputs of the pairs of one chunk of tokens, where they are kept: 256 MB in float32.
 _PARTIAL_ELEMENTS = 1 << 26
@@ -418,7 +418,7 @@ class _SelectionFunction(torch.autograd.Function):
                     q[index].to(acc), k_blocks, v_blocks, block_indices[chunk, head], first, softmax_scale, scratch
                 )
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, block_indices, o, lse)
         ctx.args = lengths, block_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -449,7 +449,7 @@ class _SelectionFunction(torch.autograd.Function):
             dk[span.k_start : span.k_end, head] = dk_blocks.flatten(0, 1)[: span.num_keys]
             dv[span.k_start : span.k_end, head] = dv_blocks.flatten(0, 1)[: span.num_keys]
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None, None
 
 

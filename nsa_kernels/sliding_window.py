@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import dense, operators, reference, utils
+from . import dense, head_threads, operators, reference, utils
 
 # Query tokens per tile. A tile computes window_size + tile - 1 columns for window_size useful ones.
 _TILE_TOKENS = {"cpu": 32}
@@ -139,7 +139,7 @@ class _WindowFunction(torch.autograd.Function):
                     q[index].to(acc), k_head, v_head, first, window_size, softmax_scale
                 )
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         ctx.save_for_backward(q, k, v, lse)
         ctx.args = lengths, window_size, softmax_scale
         ctx.mark_non_differentiable(lse)
@@ -167,7 +167,7 @@ class _WindowFunction(torch.autograd.Function):
             dk[span.k_start : span.k_end, head] = dk_head
             dv[span.k_start : span.k_end, head] = dv_head
 
-        utils.for_each_head(of_head, q, k.shape[1], lengths)
+        head_threads.for_each_head(of_head, q, k.shape[1], lengths)
         return dq, dk, dv, None, None, None
 
 

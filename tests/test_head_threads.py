@@ -12,7 +12,7 @@ import torch
 from nsa_cases import Case, assert_all_close, with_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
-from nsa_kernels import attention, compression, selection, sliding_window, utils
+from nsa_kernels import attention, compression, head_threads, selection, sliding_window, utils
 
 CASE = Case((150, 0, 61), (150, 7, 90), heads=(6, 3), block_size=4, block_counts=5, window_size=20)
 SECONDS = 60
@@ -22,7 +22,7 @@ SECONDS = 60
 def threads(request, monkeypatch):
     """So many threads for torch, for inputs of any size."""
     before = torch.get_num_threads()
-    monkeypatch.setattr(utils, "_THREADED_ELEMENTS", 1)
+    monkeypatch.setattr(head_threads, "_THREADED_ELEMENTS", 1)
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
@@ -48,7 +48,7 @@ def branches(q, k, v, *_):
 def test_results_are_those_of_one_thread(function, threads, monkeypatch):
     inputs = [*CASE.qkv(torch.float64), *CASE.gates(torch.float64)]
     actual = with_gradients(function, inputs)
-    monkeypatch.setattr(utils, "_THREADED_ELEMENTS", 1 << 62)
+    monkeypatch.setattr(head_threads, "_THREADED_ELEMENTS", 1 << 62)
     assert_all_close(actual, with_gradients(function, inputs), torch.float64)
 
 
@@ -223,8 +223,8 @@ def test_who_counts_operations_sees_all_of_them(threads, monkeypatch):
 def test_who_watches_sees_one_thread(watch, threads, monkeypatch):
     inputs = [*CASE.qkv(torch.float32), *CASE.gates(torch.float32)]
     with watch():
-        assert utils.heads_at_once(inputs[0], 3, CASE.lengths) == 1
-    assert utils.heads_at_once(inputs[0], 3, CASE.lengths) == min(threads, 6)
+        assert head_threads.heads_at_once(inputs[0], 3, CASE.lengths) == 1
+    assert head_threads.heads_at_once(inputs[0], 3, CASE.lengths) == min(threads, 6)
 
 
 def test_a_few_queries_start_no_thread(monkeypatch):
