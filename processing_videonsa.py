@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -502,6 +504,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
                 # transformers takes the images of templates that have no place for them in messages.
                 if given is not None and (name != "images" or holds_images(conversation)):
                     raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")
+                if given is not None and Version(transformers.__version__) < Version("5.23"):
+                    raise ValueError(
+                        f"`{name}` beside messages that hold none needs transformers 5.23 or later; this is "
+                        f"{transformers.__version__}: put them into the messages"
+                    )
             # transformers asks to sample wherever a rate is given, which may also say how frames were sampled.
             kwargs["processor_kwargs"] = {"do_sample_frames": None, **inner, **mine}
         return super().apply_chat_template(conversation, chat_template, **kwargs)

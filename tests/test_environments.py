@@ -64,10 +64,14 @@ def closure(names) -> dict[str, importlib.metadata.Distribution]:
     return found
 
 
-def modules_of(distributions) -> set[str]:
-    """Top-level modules of distributions."""
-    provided = importlib.metadata.packages_distributions()
-    return {module for module, names in provided.items() if any(name_of(name) in distributions for name in names)}
+def tops_of(distribution: importlib.metadata.Distribution) -> set[str]:
+    """Top-level files and folders of a distribution."""
+    return {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}
+
+
+def modules_of(distributions: dict[str, importlib.metadata.Distribution]) -> set[str]:
+    """Top-level modules of distributions. On Python 3.10 `packages_distributions` knows only those that list theirs."""
+    return {top.split(".")[0] for distribution in distributions.values() for top in tops_of(distribution)}
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +82,7 @@ def environment(tmp_path_factory):
     def run(program: str, *without: str) -> str:
         folder = tmp_path_factory.mktemp("environment")
         for name, distribution in packages.items():
-            tops = {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}
-            for top in tops if name not in without else ():
+            for top in tops_of(distribution) if name not in without else ():
                 if not (folder / top).exists():
                     (folder / top).symlink_to(distribution.locate_file(top))
         variables = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
