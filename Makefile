@@ -1,7 +1,19 @@
 # Needs Python 3.10 or later with pip and venv; everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt
+PIP_INSTALL := -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt
+
+# $(call set_up,python,folder). PyTorch first: pip keeps what it downloads until all of it is installed, and PyTorch's
+# gigabytes of wheels are gone before the rest comes.
+define set_up
+@test -d $(2) || $(1) -c 'import shutil; free = shutil.disk_usage(".").free / 1e9; \
+    free < 9 and print(f"WARNING: {free:.1f} GB of disk are free; $(2) may take 9 while it is made")'
+$(1) -m venv $(2)
+@echo "1 of 2: PyTorch into $(2), gigabytes and one to some minutes"
+$(2)/bin/python $(PIP_INSTALL) torch torchvision
+@echo "2 of 2: transformers and everything else, a minute or more"
+$(2)/bin/python $(PIP_INSTALL) -e ".[test]"
+endef
 
 # Threads that spin while they wait slow each other down where other programs use the cores too.
 export OMP_WAIT_POLICY := passive
@@ -30,12 +42,11 @@ test-oldest: $(OLDEST)/installed  ## the same tests with the oldest supported Py
 
 $(OLDEST)/installed: pyproject.toml constraints.txt
 	$(PYTHON310) -c 'import sys; assert sys.version_info[:2] == (3, 10), f"PYTHON310 is Python {sys.version}"'
-	$(PYTHON310) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off --quiet -c constraints.txt -e ".[test]"
+	$(call set_up,$(PYTHON310),$(OLDEST))
 	touch $@
 
 test-upstream: .venv/installed  ## transformers' own tests of models, on VideoNSA and on Qwen2.5-VL
-	$(INSTALL) parameterized
+	$(BIN)/python $(PIP_INSTALL) parameterized
 	$(BIN)/python tools/run_upstream_tests.py $(ARGS)
 
 # Slow: 3 GB to install; skipped, and said so, where they cannot be had. The reference is what transformers answers.
@@ -54,16 +65,8 @@ check: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# PyTorch first: pip keeps what it downloads until all of it is installed, and 2 GB of wheels are gone before the rest
-# comes.
 .venv/installed: pyproject.toml constraints.txt
-	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1000000)}'); \
-	    if test "$$free" -lt 9; then echo "WARNING: .venv needs 9 GB of disk, and $$free are free" >&2; fi
-	$(PYTHON) -m venv .venv
-	@echo "1 of 2: PyTorch, 5 GB (one to some minutes)"
-	$(INSTALL) torch torchvision
-	@echo "2 of 2: transformers, everything else, 2 GB (a minute or more)"
-	$(INSTALL) -e ".[test]"
+	$(call set_up,$(PYTHON),.venv)
 	touch $@
 
 aot: .venv/installed  ## compile every Triton kernel for five targets, no GPU needed; writes docs/aot.md

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import transformers
+from transformers.processing_utils import ProcessorMixin
 
 try:
     from .budget_videonsa import VideoOptions, check_positive
@@ -83,11 +85,33 @@ def parse_conversation(conversation: Any, templates: str, *, is_read: bool) -> A
     return [_parse_message(message, templates, is_read) for message in items if not _is_absent(message)]
 
 
-def holds_images(conversation: Any) -> bool:
+def refuse_media(keywords: dict[str, Any], conversation: Any) -> None:
+    """Media of a call beside messages, which hold theirs: those that are none are taken out of the keywords.
+
+    transformers 5.23 and later takes images for templates that have no place for them in messages.
+
+    Args:
+        conversation: as `parse_conversation` returned it.
+    Raises:
+        ValueError: any others.
+    """
+    for name in ("text", "images", "videos", "audio"):
+        if keywords.get(name) is None or (isinstance(keywords[name], (list, tuple)) and not keywords[name]):
+            keywords.pop(name, None)
+        elif name != "images" or _holds_images(conversation):
+            raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")
+        elif not hasattr(ProcessorMixin, "_multimodal_inputs_from_conversations"):  # transformers 5.23 and later
+            raise ValueError(
+                "`images` for messages that only mark their places needs transformers 5.23 or later, this is "
+                f"{transformers.__version__}: put them into the messages"
+            )
+
+
+def _holds_images(conversation: Any) -> bool:
     """Whether an `ImageRequest` is in what `parse_conversation` returned."""
     if isinstance(conversation, Mapping):
-        return isinstance(conversation.get("image"), ImageRequest) or holds_images(conversation.get("content"))
-    return isinstance(conversation, list) and any(map(holds_images, conversation))
+        return isinstance(conversation.get("image"), ImageRequest) or _holds_images(conversation.get("content"))
+    return isinstance(conversation, list) and any(map(_holds_images, conversation))
 
 
 def without_none(value: Any) -> Any:

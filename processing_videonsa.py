@@ -16,8 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.image_utils import ChannelDimension, ImageInput, SizeDict
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
@@ -38,7 +36,7 @@ try:
     from .files_videonsa import read_for_qwen_vl_utils
     from .frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from .hub_videonsa import PushMixin
-    from .messages_videonsa import ImageRequest, holds_images, parse_conversation
+    from .messages_videonsa import ImageRequest, parse_conversation, refuse_media
     from .options_videonsa import (
         OWN_OPTIONS,
         REFUSED_OPTIONS,
@@ -72,7 +70,7 @@ except ImportError:  # `import processing_videonsa` from a checkout, without a p
     from files_videonsa import read_for_qwen_vl_utils
     from frames_videonsa import Clip, VideoRequest, flatten_metadata, flatten_videos, open_clip
     from hub_videonsa import PushMixin
-    from messages_videonsa import ImageRequest, holds_images, parse_conversation
+    from messages_videonsa import ImageRequest, parse_conversation, refuse_media
     from options_videonsa import (
         OWN_OPTIONS,
         REFUSED_OPTIONS,
@@ -496,19 +494,11 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
         if is_read:
             own = inspect.signature(super().apply_chat_template).parameters
             mine = {name: kwargs.pop(name) for name in call_keywords(self) if name in kwargs and name not in own}
-            inner = kwargs.get("processor_kwargs") or {}
+            inner = dict(kwargs.get("processor_kwargs") or {})
             for name in mine.keys() & inner.keys():
                 raise ValueError(f"`{name}` was given twice: as a keyword and in `processor_kwargs`")
-            for name in ("text", "images", "videos", "audio"):
-                given = kwargs.get(name, inner.get(name))
-                # transformers takes the images of templates that have no place for them in messages.
-                if given is not None and (name != "images" or holds_images(conversation)):
-                    raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")
-                if given is not None and Version(transformers.__version__) < Version("5.23"):
-                    raise ValueError(
-                        f"`{name}` beside messages that hold none needs transformers 5.23 or later; this is "
-                        f"{transformers.__version__}: put them into the messages"
-                    )
+            for given in (kwargs, mine, inner):
+                refuse_media(given, conversation)
             # transformers asks to sample wherever a rate is given, which may also say how frames were sampled.
             kwargs["processor_kwargs"] = {"do_sample_frames": None, **inner, **mine}
         return super().apply_chat_template(conversation, chat_template, **kwargs)

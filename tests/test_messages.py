@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import transformers
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from packaging.version import Version
 from PIL import Image
 from processor_testing import apply, build_processor, message, numbered, numbered_video
 from qwen_vl_utils import process_vision_info
 from transformers import Qwen2VLImageProcessor
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -180,18 +179,35 @@ def test_tools_and_documents_need_a_template_for_them(processor):
 
 
 def test_media_belong_into_messages(processor, media):
-    picture = Image.open(media["image"])
-    empty, full = message({"type": "image"}), message({"type": "image", "image": media["image"]})
-    if Version(transformers.__version__) < Version("5.23"):
-        with pytest.raises(ValueError, match="`images` beside messages that hold none needs transformers"):
-            apply(processor, empty, processor_kwargs={"images": [picture]})
-    else:
-        one, other = (apply(processor, empty, processor_kwargs={"images": [picture]}), apply(processor, full))
-        assert all(torch.equal(one[key], other[key]) for key in other)
+    full = message({"type": "image", "image": media["image"]})
     with pytest.raises(ValueError, match="`images` cannot be given beside messages"):
-        apply(processor, full, processor_kwargs={"images": [picture]})
+        apply(processor, full, processor_kwargs={"images": [Image.open(media["image"])]})
+    with pytest.raises(ValueError, match="`images` cannot be given beside messages"):
+        apply(processor, full, images=[Image.open(media["image"])])
     with pytest.raises(ValueError, match="`videos` cannot be given beside messages"):
         apply(processor, message(), processor_kwargs={"videos": [media["video"]]})
+
+
+@pytest.mark.parametrize("keywords", [{"images": None}, {"images": [], "videos": None, "audio": ()}], ids=str)
+def test_media_that_are_none(keywords, processor, media):
+    full = message({"type": "image", "image": media["image"]})
+    expected = apply(processor, full)
+    for found in (apply(processor, full, **keywords), apply(processor, full, processor_kwargs=keywords)):
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in found)
+
+
+TAKES_IMAGES = "_multimodal_inputs_from_conversations"  # transformers 5.23 and later
+
+
+def test_images_whose_places_messages_mark(processor, media, monkeypatch):
+    marked, picture = message({"type": "image"}), Image.open(media["image"])
+    if hasattr(ProcessorMixin, TAKES_IMAGES):
+        expected = apply(processor, message({"type": "image", "image": media["image"]}))
+        found = apply(processor, marked, processor_kwargs={"images": [picture]})
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        monkeypatch.delattr(ProcessorMixin, TAKES_IMAGES)
+    with pytest.raises(ValueError, match="`images` for messages that only mark their places needs transformers"):
+        apply(processor, marked, processor_kwargs={"images": [picture]})
 
 
 # Options of images
