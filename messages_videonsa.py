@@ -86,17 +86,18 @@ def parse_conversation(conversation: Any, templates: str, *, is_read: bool) -> A
 
 
 def refuse_media(keywords: dict[str, Any], conversation: Any) -> None:
-    """Media of a call beside messages, which hold theirs: those that are none are taken out of the keywords.
+    """Refuse media of a call beside messages, which hold theirs; None and empty lists are taken out of the keywords.
 
     transformers 5.23 and later takes images for templates that have no place for them in messages.
 
     Args:
         conversation: as `parse_conversation` returned it.
     Raises:
-        ValueError: any others.
+        ValueError: there are any others.
     """
     for name in ("text", "images", "videos", "audio"):
-        if keywords.get(name) is None or (isinstance(keywords[name], (list, tuple)) and not keywords[name]):
+        media = keywords.get(name)
+        if media is None or (isinstance(media, (list, tuple)) and not media):
             keywords.pop(name, None)
         elif name != "images" or _holds_images(conversation):
             raise ValueError(f"`{name}` cannot be given beside messages, which hold theirs")

@@ -497,7 +497,7 @@ class VideoNSAProcessor(PushMixin, Qwen2_5_VLProcessor):
             inner = dict(kwargs.get("processor_kwargs") or {})
             for name in mine.keys() & inner.keys():
                 raise ValueError(f"`{name}` was given twice: as a keyword and in `processor_kwargs`")
-            for given in (kwargs, mine, inner):
+            for given in (kwargs, inner):
                 refuse_media(given, conversation)
             # transformers asks to sample wherever a rate is given, which may also say how frames were sampled.
             kwargs["processor_kwargs"] = {"do_sample_frames": None, **inner, **mine}
